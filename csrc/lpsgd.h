@@ -1,0 +1,129 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lpsgd.h: the optimizers LPSGD and LPSGDM as a C library, and its manual.
+ *
+ * Source: Xu & Yang, "Beyond l2-norm and l-infinity-norm: A Curvature-Inspired lp-Norm Scheme for
+ * Deep Neural Networks", arXiv:2606.02078. Equation numbers below are that paper's.
+ *
+ * For every element, with grad g, param x, momentum_buffer m and rho = (p - 2) / (p - 1) (eq 20):
+ *
+ *     LPSGD    u = g / (|g| + eps)^rho * c                              (eq 21)
+ *              x = (1 - lr * weight_decay) * x - lr * u                 (eq 22, with decoupled decay)
+ *
+ *     LPSGDM   m = momentum * m + (1 - momentum) * g                    (eq 23)
+ *              u = m / (|m| + eps)^rho * c                              (eq 24)
+ *              x = (1 - lr * weight_decay) * x - lr * u                 (eq 25)
+ *
+ *     c = pivot^(-1 / (p - 1)), which is 1 for the paper's pivot = 1.
+ *
+ * p = 2 is (momentum) gradient descent, p = INFINITY is sign descent smoothed by eps. An element
+ * whose |m| + eps is zero has u = 0. NaN stays NaN, and infinities follow IEEE arithmetic.
+ *
+ * The contract of bits. For float32, bfloat16 and float16 (computed in float32, one rounding on
+ * store) the same inputs give the same bits on every instruction set, for every number of threads
+ * and for every way of cutting a buffer in pieces; (|m| + eps)^-rho is within 2 ulp. Two things lie
+ * outside it: the sign and payload of a NaN, and the last bit of c where pivot is not 1, for which
+ * the C library's pow() is called once per step. float64 uses pow() for every element: within 2 ulp,
+ * bits as the C library's. The contract needs the default floating-point environment (round to
+ * nearest, subnormals not flushed to zero).
+ *
+ * Thread-safety: every function may be called from several threads at once, provided that no
+ * buffer written by one call is used by another.
+ */
+#ifndef LPSGD_H
+#define LPSGD_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LPSGD_VERSION "0.1.0"
+
+/* Element type of param, grad and momentum_buffer alike. */
+typedef enum lpsgd_dtype {
+    LPSGD_FLOAT32,
+    LPSGD_FLOAT64,
+    LPSGD_BFLOAT16,
+    LPSGD_FLOAT16
+} lpsgd_dtype;
+
+/* What a step answers. LPSGD_OK is 0; after any other value nothing has been written. */
+typedef enum lpsgd_status {
+    LPSGD_OK,
+    LPSGD_ERROR_LR,
+    LPSGD_ERROR_P,
+    LPSGD_ERROR_MOMENTUM,
+    LPSGD_ERROR_WEIGHT_DECAY,
+    LPSGD_ERROR_EPS,
+    LPSGD_ERROR_PIVOT,
+    LPSGD_ERROR_DTYPE,
+    LPSGD_ERROR_NUMEL,
+    LPSGD_ERROR_NULL,
+    LPSGD_ERROR_ALIGNMENT
+} lpsgd_status;
+
+/* A static text that names the range the argument is outside of; never NULL. */
+const char *lpsgd_status_text(lpsgd_status status);
+
+/* Hyper-parameters of one step. Values outside a range, NaN included, are refused by name. */
+typedef struct lpsgd_hyper {
+    double lr;           /* learning rate, >= 0 */
+    double p;            /* norm, 2 <= p <= INFINITY */
+    double momentum;     /* 0 <= momentum < 1; lpsgd_step does not read it */
+    double weight_decay; /* >= 0 */
+    double eps;          /* >= 0 */
+    double pivot;        /* where |u| = 1 for every p: 0 < pivot < INFINITY; 1 is the paper */
+    int maximize;        /* 0: descend; otherwise ascend: grad counts as -grad */
+} lpsgd_hyper;
+
+/* The first of the ranges above that hyper is outside of, momentum included; LPSGD_OK if none. */
+lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper);
+
+/* One parameter of the list: borrowed pointers to numel contiguous elements each, aligned to the
+ * element's size. The caller guarantees that no written buffer overlaps any other of the list. */
+typedef struct lpsgd_buffer {
+    void *param;           /* read and written */
+    const void *grad;      /* read */
+    void *momentum_buffer; /* read and written by lpsgdm_step; unused by lpsgd_step (may be NULL) */
+    int64_t numel;         /* >= 0; pointers of an empty buffer are not looked at */
+} lpsgd_buffer;
+
+/* One step over a list of count buffers, which share dtype and hyper-parameters.
+ *
+ * num_threads: most threads to use; 1 runs in the calling thread, 0 takes OpenMP's number. Small
+ * lists run in the calling thread whatever it says, and so does every step in a build without
+ * OpenMP or in a process forked from one that had loaded this library (where an OpenMP region
+ * could hang).
+ *
+ * Everything is checked before anything is written. Returns LPSGD_OK or the first error found. */
+lpsgd_status lpsgd_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                        const lpsgd_hyper *hyper, int num_threads);
+lpsgd_status lpsgdm_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                         const lpsgd_hyper *hyper, int num_threads);
+
+/* rho of eq 20 for 2 <= p <= INFINITY: 0 at p = 2, 1 at INFINITY. NaN for any other p. */
+double lpsgd_rho(double p);
+
+/* p of eq 19 at s = 1 ... total (epochs or steps; fractions are allowed):
+ *     p_min + (p_max - p_min) * (1 + cos(pi * (s - 1) / (total - 1))) / 2
+ * It is exactly p_max at s = 1 and exactly p_min from s = total on (except that total = 1 has
+ * p_max at s = 1). s >= 1, total >= 1, and p_max, p_min finite and >= 2; NaN for anything else.
+ * It uses + - * / alone, so its bits are the same everywhere. */
+double lpsgd_cosine_p(double s, double total, double p_max, double p_min);
+
+/* The instruction set that steps run on: the best that the CPU has, lowered by the environment
+ * variable LPSGD_CPU_CAPABILITY = default | avx2 | avx512, which is read at the first call of this
+ * or of a step, and then holds for the life of the process. Another value, or one above what the
+ * CPU has, is ignored. "default" on other architectures than x86-64. */
+const char *lpsgd_cpu_capability(void);
+
+/* Whether this build runs steps on several threads (OpenMP): 1 or 0. */
+int lpsgd_has_openmp(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

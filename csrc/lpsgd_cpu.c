@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lpsgd_cpu.c: the list driver: checks, choice of the instruction set, threads.
+ */
+#include "lpsgd_internal.h"
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* Chosen once, at the first step or query. */
+static struct {
+    pthread_once_t once;
+    const char *capability;
+    lpsgd_kernel *kernel;
+    int forked; /* an OpenMP region could hang in this process */
+} process = {PTHREAD_ONCE_INIT, NULL, NULL, 0};
+
+static void in_forked_child(void)
+{
+    process.forked = 1;
+}
+
+static void choose(void)
+{
+    process.capability = "default";
+    process.kernel = lpsgd_kernel_default;
+#ifdef __x86_64__
+    const char *limit = getenv("LPSGD_CPU_CAPABILITY");
+    const int no_avx2 = limit && strcmp(limit, "default") == 0;
+    const int no_avx512 = no_avx2 || (limit && strcmp(limit, "avx2") == 0);
+    __builtin_cpu_init();
+    if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        process.capability = "avx2";
+        process.kernel = lpsgd_kernel_avx2;
+        if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl")) {
+            process.capability = "avx512";
+            process.kernel = lpsgd_kernel_avx512;
+        }
+    }
+#endif
+    pthread_atfork(NULL, NULL, in_forked_child);
+}
+
+const char *lpsgd_cpu_capability(void)
+{
+    pthread_once(&process.once, choose);
+    return process.capability;
+}
+
+int lpsgd_has_openmp(void)
+{
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static int64_t itemsize(lpsgd_dtype dtype)
+{
+    switch (dtype) {
+    case LPSGD_FLOAT32:
+        return 4;
+    case LPSGD_FLOAT64:
+        return 8;
+    case LPSGD_BFLOAT16:
+    case LPSGD_FLOAT16:
+        return 2;
+    }
+    return 0;
+}
+
+static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                               int has_momentum, int64_t *total)
+{
+    const int64_t size = itemsize(dtype);
+    if (!size)
+        return LPSGD_ERROR_DTYPE;
+    if (count < 0)
+        return LPSGD_ERROR_NUMEL;
+    if (count && !list)
+        return LPSGD_ERROR_NULL;
+    *total = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const lpsgd_buffer *b = &list[i];
+        if (b->numel < 0 || b->numel > INT64_MAX / size - *total)
+            return LPSGD_ERROR_NUMEL;
+        *total += b->numel;
+        if (!b->numel)
+            continue;
+        if (!b->param || !b->grad || (has_momentum && !b->momentum_buffer))
+            return LPSGD_ERROR_NULL;
+        const uintptr_t address = (uintptr_t)b->param | (uintptr_t)b->grad |
+                                  (has_momentum ? (uintptr_t)b->momentum_buffer : 0);
+        if (address % (uintptr_t)size)
+            return LPSGD_ERROR_ALIGNMENT;
+    }
+    return LPSGD_OK;
+}
+
+/* Steps the elements [low, high) of the list laid end to end. */
+static void step_range(const lpsgd_buffer *list, int64_t low, int64_t high, lpsgd_dtype dtype,
+                       int has_momentum, const lpsgd_scalars *k)
+{
+    const int64_t size = itemsize(dtype);
+    int64_t first = 0; /* of *list, end to end */
+    for (; first < high; first += list->numel, list++) {
+        const int64_t from = low > first ? low - first : 0;
+        const int64_t to = high - first < list->numel ? high - first : list->numel;
+        if (from >= to)
+            continue;
+        const lpsgd_buffer piece = {
+            .param = (char *)list->param + from * size,
+            .grad = (const char *)list->grad + from * size,
+            .momentum_buffer = has_momentum ? (char *)list->momentum_buffer + from * size : NULL,
+            .numel = to - from,
+        };
+        process.kernel(&piece, dtype, k);
+    }
+}
+
+/* How many threads are worth their start: a thread gets at least this many elements. */
+static int useful_threads(int64_t total, lpsgd_dtype dtype, const lpsgd_scalars *k, int num_threads)
+{
+#ifdef _OPENMP
+    const int slow = dtype == LPSGD_FLOAT64 && k->rule == LPSGD_RULE_POWER;
+    const int64_t share = slow ? 1024 : 16384;
+    const int64_t most = num_threads > 0 ? num_threads : omp_get_max_threads();
+    if (process.forked || total / share < 2)
+        return 1;
+    return (int)(total / share < most ? total / share : most);
+#else
+    (void)total, (void)dtype, (void)k, (void)num_threads;
+    return 1;
+#endif
+}
+
+/* One parallel region per step, over equal element ranges of the whole list. Range boundaries are
+ * multiples of 64 elements, so that threads meet inside a cache line only at the ends of buffers. */
+static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                         const lpsgd_hyper *hyper, int num_threads, int has_momentum)
+{
+    lpsgd_scalars k;
+    int64_t total;
+    lpsgd_status status = lpsgd_fold(hyper, has_momentum, &k);
+    if (status == LPSGD_OK)
+        status = check_list(list, count, dtype, has_momentum, &total);
+    if (status != LPSGD_OK)
+        return status;
+
+    pthread_once(&process.once, choose);
+    const int threads = useful_threads(total, dtype, &k, num_threads);
+    if (threads == 1) {
+        step_range(list, 0, total, dtype, has_momentum, &k);
+        return LPSGD_OK;
+    }
+    const int64_t share = (total / threads + 63) & ~INT64_C(63);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#endif
+    for (int t = 0; t < threads; t++) {
+        const int64_t low = t * share < total ? t * share : total;
+        const int64_t high = t + 1 < threads && low + share < total ? low + share : total;
+        step_range(list, low, high, dtype, has_momentum, &k);
+    }
+    return LPSGD_OK;
+}
+
+lpsgd_status lpsgd_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                        const lpsgd_hyper *hyper, int num_threads)
+{
+    return step(list, count, dtype, hyper, num_threads, 0);
+}
+
+lpsgd_status lpsgdm_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                         const lpsgd_hyper *hyper, int num_threads)
+{
+    return step(list, count, dtype, hyper, num_threads, 1);
+}

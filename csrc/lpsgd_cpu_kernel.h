@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lpsgd_cpu_kernel.h: one step over one buffer, for one instruction set.
+ *
+ * An include template: lpsgd_cpu_<name>.c defines LPSGD_KERNEL, the function's name, and
+ * LPSGD_TARGET, its instruction set as a function attribute, and includes this file. The compiler
+ * vectorizes; every loop below is elementwise, so the vectors' width cannot change a bit.
+ *
+ * The power runs in three stages over a block that stays in the L1 cache: one fused loop needs more
+ * registers than AVX2 has and takes 1.6 times as long. bfloat16 and float16 blocks are converted to
+ * float32, stepped and converted back.
+ */
+#include "lpsgd_internal.h"
+
+#include <stddef.h>
+
+/* `chunk` divides `block`: prefetches are issued once a chunk, for the same place one block on. */
+enum { block = 512, chunk = 64, cache_line = 64 };
+
+#define LPSGD_SCRATCH __attribute__((aligned(64)))
+
+LPSGD_INLINE int min_int(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+LPSGD_INLINE void prefetch(const float *next, int write)
+{
+    for (int i = 0; i < chunk; i += cache_line / (int)sizeof *next)
+        if (write)
+            __builtin_prefetch(next + i, 1);
+        else
+            __builtin_prefetch(next + i, 0);
+}
+
+/* rho = 0 and rho = 1 in one loop. momentum_buffer is looked at for LPSGDM alone. */
+LPSGD_INLINE void step_block_plain(float *restrict param, const float *restrict grad,
+                                   float *restrict momentum_buffer, int n, int has_momentum,
+                                   lpsgd_rule rule, const lpsgd_scalars *k)
+{
+    for (int i = 0; i < n; i++) {
+        float x = grad[i];
+        if (has_momentum)
+            momentum_buffer[i] = x = lpsgd_momentum(momentum_buffer[i], x, k);
+        param[i] = lpsgd_apply(param[i], lpsgd_direction(x, rule, k), k);
+    }
+}
+
+/* The power in three stages. They equal lpsgd_direction bit for bit for ordinary elements, and leave
+ * the block to it where one is not. */
+LPSGD_INLINE void step_block_power(float *restrict param, const float *restrict grad,
+                                   float *restrict momentum_buffer, int n, int has_momentum,
+                                   const lpsgd_scalars *k)
+{
+    float z[block] LPSGD_SCRATCH, e23[block] LPSGD_SCRATCH;
+    uint32_t n23[block] LPSGD_SCRATCH, worst = 0;
+    const float *restrict x = has_momentum ? momentum_buffer : grad;
+
+    for (int i = 0; i < n; i++) {
+        float m = grad[i];
+        if (has_momentum)
+            momentum_buffer[i] = m = lpsgd_momentum(momentum_buffer[i], m, k);
+        const float y = fabsf(m) + k->eps;
+        const uint32_t extraordinary = lpsgd_extraordinary(y);
+        worst = worst > extraordinary ? worst : extraordinary;
+        e23[i] = (float)lpsgd_split(y, &z[i]);
+    }
+    if (worst >= LPSGD_ORDINARY) {
+        for (int i = 0; i < n; i++)
+            param[i] = lpsgd_apply(param[i], lpsgd_direction(x[i], LPSGD_RULE_POWER, k), k);
+        return;
+    }
+    for (int start = 0; start < n; start += chunk) {
+        const int stop = min_int(start + chunk, n);
+        prefetch(grad + block + start, 0);
+        if (has_momentum)
+            prefetch(momentum_buffer + block + start, 1);
+        for (int i = start; i < stop; i++)
+            n23[i] = lpsgd_log2(z[i], e23[i], k, &z[i]);
+    }
+    for (int start = 0; start < n; start += chunk) {
+        const int stop = min_int(start + chunk, n);
+        prefetch(param + block + start, 1);
+        for (int i = start; i < stop; i++)
+            param[i] = lpsgd_apply(param[i], x[i] * lpsgd_exp2(z[i], n23[i]), k);
+    }
+}
+
+LPSGD_INLINE void step_block(float *restrict param, const float *restrict grad,
+                             float *restrict momentum_buffer, int n, int has_momentum,
+                             const lpsgd_scalars *k)
+{
+    if (k->rule == LPSGD_RULE_POWER)
+        step_block_power(param, grad, momentum_buffer, n, has_momentum, k);
+    else if (k->rule == LPSGD_RULE_SIGN)
+        step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_SIGN, k);
+    else
+        step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_SGD, k);
+}
+
+LPSGD_TARGET static void step_float32(float *param, const float *grad, float *momentum_buffer,
+                                      int64_t numel, const lpsgd_scalars *k)
+{
+    for (int64_t i = 0; i < numel; i += block) {
+        const int n = numel - i < block ? (int)(numel - i) : block;
+        if (momentum_buffer)
+            step_block(param + i, grad + i, momentum_buffer + i, n, 1, k);
+        else
+            step_block(param + i, grad + i, NULL, n, 0, k);
+    }
+}
+
+LPSGD_INLINE void load_half(float *restrict to, const uint16_t *restrict from, int n,
+                            lpsgd_dtype dtype)
+{
+    for (int i = 0; i < n; i++)
+        to[i] = dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(from[i]) : lpsgd_from_float16(from[i]);
+}
+
+LPSGD_INLINE void store_half(uint16_t *restrict to, const float *restrict from, int n,
+                             lpsgd_dtype dtype)
+{
+    for (int i = 0; i < n; i++)
+        to[i] = dtype == LPSGD_BFLOAT16 ? lpsgd_to_bfloat16(from[i]) : lpsgd_to_float16(from[i]);
+}
+
+LPSGD_INLINE void step_half(uint16_t *param, const uint16_t *grad, uint16_t *momentum_buffer,
+                            int64_t numel, lpsgd_dtype dtype, const lpsgd_scalars *k)
+{
+    float x[block] LPSGD_SCRATCH, g[block] LPSGD_SCRATCH, m[block] LPSGD_SCRATCH;
+    for (int64_t i = 0; i < numel; i += block) {
+        const int n = numel - i < block ? (int)(numel - i) : block;
+        load_half(x, param + i, n, dtype);
+        load_half(g, grad + i, n, dtype);
+        if (momentum_buffer)
+            load_half(m, momentum_buffer + i, n, dtype);
+        step_float32(x, g, momentum_buffer ? m : NULL, n, k);
+        store_half(param + i, x, n, dtype);
+        if (momentum_buffer)
+            store_half(momentum_buffer + i, m, n, dtype);
+    }
+}
+
+LPSGD_INLINE void step_float64(double *restrict param, const double *restrict grad,
+                               double *restrict momentum_buffer, int64_t numel, lpsgd_rule rule,
+                               const lpsgd_scalars *k)
+{
+    for (int64_t i = 0; i < numel; i++) {
+        double x = grad[i];
+        if (momentum_buffer)
+            momentum_buffer[i] = x = lpsgd_momentum64(momentum_buffer[i], x, k);
+        param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, rule, k), k);
+    }
+}
+
+LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
+                               const lpsgd_scalars *k)
+{
+    void *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
+    switch (dtype) {
+    case LPSGD_FLOAT32:
+        step_float32(param, buffer->grad, momentum_buffer, buffer->numel, k);
+        break;
+    case LPSGD_BFLOAT16:
+        step_half(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_BFLOAT16, k);
+        break;
+    case LPSGD_FLOAT16:
+        step_half(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_FLOAT16, k);
+        break;
+    case LPSGD_FLOAT64:
+        if (k->rule == LPSGD_RULE_SGD)
+            step_float64(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_RULE_SGD, k);
+        else
+            step_float64(param, buffer->grad, momentum_buffer, buffer->numel, k->rule, k);
+        break;
+    }
+}

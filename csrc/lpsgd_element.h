@@ -1,0 +1,225 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lpsgd_element.h: the arithmetic of one element, for C and CUDA alike.
+ *
+ * Contract of bits (lpsgd.h): only + - * /, fused multiply-add, comparisons and integer operations,
+ * in the order written here. Compile with contraction off (-ffp-contract=off, -fmad=false).
+ *
+ * (|x| + eps)^-rho is computed as 2^(-rho * log2(y)) in three stages that a driver may run one
+ * after the other over a block: split, log2, exp2. Worst error 1.57 ulp (tests/c/test_accuracy.c).
+ */
+#ifndef LPSGD_ELEMENT_H
+#define LPSGD_ELEMENT_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#define LPSGD_INLINE static __host__ __device__ __forceinline__
+#define LPSGD_FMAF(a, b, c) fmaf(a, b, c)
+#define LPSGD_FMA(a, b, c) fma(a, b, c)
+#else
+#define LPSGD_INLINE static inline __attribute__((always_inline))
+#define LPSGD_FMAF(a, b, c) __builtin_fmaf(a, b, c)
+#define LPSGD_FMA(a, b, c) __builtin_fma(a, b, c)
+#endif
+
+/* What the exponent needs: none at rho = 0, a division at rho = 1, else the power. */
+typedef enum lpsgd_rule { LPSGD_RULE_SGD, LPSGD_RULE_SIGN, LPSGD_RULE_POWER } lpsgd_rule;
+
+enum { LPSGD_LOG2_DEGREE = 8 };
+
+/* The hyper-parameters of one step, folded once in double by lpsgd_fold (lpsgd_schedule.c). */
+typedef struct lpsgd_scalars {
+    lpsgd_rule rule;
+    float momentum;
+    float one_minus_momentum; /* its sign carries `maximize` */
+    float decay;              /* 1 - lr * weight_decay */
+    float step_size;          /* -lr * pivot^(-1 / (p - 1)); for LPSGD its sign carries `maximize` */
+    float eps;
+    /* -rho = head + rest, head of 16 bits, so that head * exponent is exact; both times 2^-23,
+     * because the exponent arrives as an integer shifted left by 23. */
+    float head, rest;
+    float log2[LPSGD_LOG2_DEGREE + 1]; /* -rho times the coefficients of log2(1 + z) */
+    /* The same in double, for float64. */
+    double momentum64, one_minus_momentum64, decay64, step_size64, eps64, rho64;
+} lpsgd_scalars;
+
+LPSGD_INLINE int32_t lpsgd_bits(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+LPSGD_INLINE float lpsgd_float(int32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Eq 23. */
+LPSGD_INLINE float lpsgd_momentum(float m, float g, const lpsgd_scalars *k)
+{
+    return LPSGD_FMAF(k->one_minus_momentum, g, k->momentum * m);
+}
+
+/* Eq 22 and 25. */
+LPSGD_INLINE float lpsgd_apply(float param, float u, const lpsgd_scalars *k)
+{
+    return LPSGD_FMAF(k->step_size, u, k->decay * param);
+}
+
+/* Stage 1: y = 2^(e23 / 2^23) * (1 + z) with 1 + z in [sqrt(1/2), sqrt(2)); y positive and normal. */
+LPSGD_INLINE int32_t lpsgd_split(float y, float *z)
+{
+    const int32_t bits = lpsgd_bits(y), sqrt_half = 0x3f3504f3;
+    const int32_t e23 = (bits - sqrt_half) & (int32_t)0xff800000;
+    *z = lpsgd_float(bits - e23) - 1.0f;
+    return e23;
+}
+
+/* Stage 2: -rho * log2(y) = n + f with n an integer and |f| <= 1/2; returns n << 23 (modulo 2^32). */
+LPSGD_INLINE uint32_t lpsgd_log2(float z, float e23, const lpsgd_scalars *k, float *f)
+{
+    const float *c = k->log2;
+    const float round_to_integer = 0x1.8p23f;
+    float poly = c[8];
+    poly = LPSGD_FMAF(poly, z, c[7]);
+    poly = LPSGD_FMAF(poly, z, c[6]);
+    poly = LPSGD_FMAF(poly, z, c[5]);
+    poly = LPSGD_FMAF(poly, z, c[4]);
+    poly = LPSGD_FMAF(poly, z, c[3]);
+    poly = LPSGD_FMAF(poly, z, c[2]);
+    poly = LPSGD_FMAF(poly, z, c[1]);
+    const float t = LPSGD_FMAF(poly, z, LPSGD_FMAF(e23, k->rest, c[0]));
+    const float shifted = LPSGD_FMAF(e23, k->head, t) + round_to_integer;
+    const float n = shifted - round_to_integer;
+    *f = LPSGD_FMAF(e23, k->head, -n) + t;
+    return (uint32_t)lpsgd_bits(shifted) << 23;
+}
+
+/* Stage 3: 2^(n + f), given n << 23. Minimax polynomial on [-1/2, 1/2], relative error 2^-28.5. */
+LPSGD_INLINE float lpsgd_exp2(float f, uint32_t n23)
+{
+    float poly = 1.5594677971951511e-4f;
+    poly = LPSGD_FMAF(poly, f, 1.3406643929025969e-3f);
+    poly = LPSGD_FMAF(poly, f, 9.6176929737622875e-3f);
+    poly = LPSGD_FMAF(poly, f, 5.5503105509232276e-2f);
+    poly = LPSGD_FMAF(poly, f, 2.4022652782877592e-1f);
+    poly = LPSGD_FMAF(poly, f, 6.9314721496807344e-1f);
+    poly = LPSGD_FMAF(poly, f, 1.0f);
+    return lpsgd_float((int32_t)((uint32_t)lpsgd_bits(poly) + n23));
+}
+
+/* Whether y needs the care of lpsgd_power: 2^-126 <= y < 2^125 answers a value below
+ * LPSGD_ORDINARY; zero, subnormal, huge, infinite and NaN y answer one that is not. A driver takes
+ * the maximum over a block and skips the care where it can. */
+#define LPSGD_ORDINARY 0x7d800000u
+LPSGD_INLINE uint32_t lpsgd_extraordinary(float y)
+{
+    return (uint32_t)lpsgd_bits(y) - 0x00800000u;
+}
+
+/* y^-rho = w * before * after for every y >= 0, with w normal (or 0, for infinite y) although y^-rho
+ * may lie outside the range of normal numbers. `before` scales x exactly, ahead of the product with
+ * w; `after` scales the product. All are 1 and w has the bits of the three stages for ordinary y. */
+typedef struct lpsgd_scaled_power {
+    float w, before, after;
+} lpsgd_scaled_power;
+
+LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_scalars *k)
+{
+    const int32_t bits = lpsgd_bits(y), scale23 = 24 << 23;
+    const int32_t tiny = bits < 0x00800000, huge = bits >= 0x7e000000;
+    lpsgd_scaled_power power;
+    float z, f;
+    power.before = tiny ? 0x1p24f : 1.0f;
+    power.after = huge ? 0x1p-24f : 1.0f;
+    const int32_t e23 = lpsgd_split(y * power.before, &z) - (tiny ? scale23 : 0);
+    const uint32_t n23 = lpsgd_log2(z, (float)e23, k, &f);
+    const uint32_t shift = (uint32_t)((huge ? scale23 : 0) - (tiny ? scale23 : 0));
+    const float w = lpsgd_exp2(f, n23 + shift);
+    power.w = bits == 0x7f800000 ? 0.0f : w;
+    return power;
+}
+
+/* u of eq 21 and 24 (without the pivot, which step_size carries), every edge case included.
+ * This is the reference that faster drivers must equal bit for bit. rule is k->rule, given apart
+ * so that a loop can be compiled for one rule. */
+LPSGD_INLINE float lpsgd_direction(float x, lpsgd_rule rule, const lpsgd_scalars *k)
+{
+    const float y = fabsf(x) + k->eps;
+    if (rule == LPSGD_RULE_SGD)
+        return x;
+    if (rule == LPSGD_RULE_SIGN)
+        return y == 0.0f ? x : x / y;
+    const lpsgd_scaled_power power = lpsgd_power(y, k);
+    return x * power.before * power.w * power.after;
+}
+
+/* float64: the same formulas with the C library's pow(), or its root squared where y^-rho would
+ * overflow or lose bits. Power within 2 ulp. */
+LPSGD_INLINE double lpsgd_momentum64(double m, double g, const lpsgd_scalars *k)
+{
+    return LPSGD_FMA(k->one_minus_momentum64, g, k->momentum64 * m);
+}
+
+LPSGD_INLINE double lpsgd_apply64(double param, double u, const lpsgd_scalars *k)
+{
+    return LPSGD_FMA(k->step_size64, u, k->decay64 * param);
+}
+
+LPSGD_INLINE double lpsgd_direction64(double x, lpsgd_rule rule, const lpsgd_scalars *k)
+{
+    const double y = fabs(x) + k->eps64;
+    if (rule == LPSGD_RULE_SGD)
+        return x;
+    if (rule == LPSGD_RULE_SIGN)
+        return y == 0.0 ? x : x / y;
+    if (y == 0.0)
+        return x;
+    if (y >= 0x1p-1022 && y < 0x1p1022)
+        return x * pow(y, -k->rho64);
+    const double root = pow(y, -0.5 * k->rho64);
+    return x * root * root;
+}
+
+/* bfloat16 and float16 by their bits; to float exactly, from float rounded to nearest even. */
+LPSGD_INLINE float lpsgd_from_bfloat16(uint16_t h)
+{
+    return lpsgd_float((int32_t)((uint32_t)h << 16));
+}
+
+LPSGD_INLINE uint16_t lpsgd_to_bfloat16(float x)
+{
+    const uint32_t bits = (uint32_t)lpsgd_bits(x), magnitude = bits & 0x7fffffffu;
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return (uint16_t)(magnitude > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+LPSGD_INLINE float lpsgd_from_float16(uint16_t h)
+{
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fffu;
+    const uint32_t rebias = 112u << 23;
+    const uint32_t normal = (magnitude << 13) + rebias + (magnitude >= 0x7c00u ? rebias : 0u);
+    const float subnormal = lpsgd_float((int32_t)(0x3f000000u | magnitude)) - 0.5f;
+    const uint32_t value = magnitude < 0x0400u ? (uint32_t)lpsgd_bits(subnormal) : normal;
+    return lpsgd_float((int32_t)(sign | value));
+}
+
+LPSGD_INLINE uint16_t lpsgd_to_float16(float x)
+{
+    const uint32_t bits = (uint32_t)lpsgd_bits(x), magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude + 0x0fffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+    const float half_plus = lpsgd_float((int32_t)magnitude) + 0.5f;
+    const uint32_t subnormal = (uint32_t)lpsgd_bits(half_plus) - 0x3f000000u;
+    uint32_t value = magnitude < 0x38800000u ? subnormal : normal;
+    value = magnitude >= 0x47800000u ? 0x7c00u : value;
+    value = magnitude > 0x7f800000u ? 0x7e00u : value;
+    return (uint16_t)(bits >> 16 & 0x8000u) | (uint16_t)value;
+}
+
+#endif

@@ -1,0 +1,401 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lpsgd_ext: the CPython module. PyTorch tensors in, raw buffers out; csrc does the arithmetic.
+ *
+ * Limited API, so that one binary serves CPython 3.10 and every later one. Import torch first: then
+ * both share PyTorch's OpenMP runtime.
+ */
+#include "tensors.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static torch_api *state_of(PyObject *module)
+{
+    return PyModule_GetState(module);
+}
+
+/* PyFloat_AsDouble with torch's wording. *value is left as it is where object is NULL. */
+static int read_double(const char *function, const char *name, PyObject *object, double *value)
+{
+    if (!object)
+        return 0;
+    const double number = PyFloat_AsDouble(object);
+    if (number == -1.0 && PyErr_Occurred()) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must be float, not %R", function,
+                         name, (PyObject *)Py_TYPE(object));
+        }
+        return -1;
+    }
+    *value = number;
+    return 0;
+}
+
+static int refuse_value(const char *what, double value)
+{
+    PyObject *number = PyFloat_FromDouble(value);
+    if (number)
+        PyErr_Format(PyExc_ValueError, "Invalid %s: %R", what, number);
+    Py_XDECREF(number);
+    return -1;
+}
+
+/* torch's wording for a hyper-parameter out of range. */
+static int check_hyper(const lpsgd_hyper *hyper)
+{
+    const lpsgd_status status = lpsgd_check_hyper(hyper);
+    switch (status) {
+    case LPSGD_OK:
+        return 0;
+    case LPSGD_ERROR_LR:
+        return refuse_value("learning rate", hyper->lr);
+    case LPSGD_ERROR_P:
+        return refuse_value("p value", hyper->p);
+    case LPSGD_ERROR_MOMENTUM:
+        return refuse_value("momentum value", hyper->momentum);
+    case LPSGD_ERROR_WEIGHT_DECAY:
+        return refuse_value("weight_decay value", hyper->weight_decay);
+    case LPSGD_ERROR_EPS:
+        return refuse_value("epsilon value", hyper->eps);
+    case LPSGD_ERROR_PIVOT:
+        return refuse_value("pivot value", hyper->pivot);
+    default:
+        PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
+        return -1;
+    }
+}
+
+/* A tuple of the list's or tuple's items: what another thread does to the list no longer matters. */
+static PyObject *snapshot(const char *function, const char *name, PyObject *sequence)
+{
+    if (PyList_Check(sequence))
+        return PyList_AsTuple(sequence);
+    if (PyTuple_Check(sequence))
+        return PySequence_Tuple(sequence);
+    PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must be list or tuple of Tensors, not %R",
+                 function, name, (PyObject *)Py_TYPE(sequence));
+    return NULL;
+}
+
+static int get_num_threads(const torch_api *torch)
+{
+    PyObject *answer = PyObject_CallFunctionObjArgs(torch->get_num_threads, NULL);
+    const long threads = answer ? PyLong_AsLong(answer) : -1;
+    Py_XDECREF(answer);
+    if (threads == -1 && PyErr_Occurred())
+        return -1;
+    return threads < 1 ? 1 : threads > 4096 ? 4096 : (int)threads;
+}
+
+/* Tells autograd which tensors change, so that a stale backward raises. */
+static int bump_versions(const torch_api *torch, const tensor_lists *lists)
+{
+    for (int j = 0; j < lists->count; j++) {
+        if (!lists->written[j])
+            continue;
+        PyObject *none =
+            PyObject_CallFunctionObjArgs(torch->increment_version, lists->tuple[j], NULL);
+        if (!none)
+            return -1;
+        Py_DECREF(none);
+    }
+    return 0;
+}
+
+/* The step of both functions: validate everything, then mutate. */
+static PyObject *step(const torch_api *torch, tensor_lists *lists, PyObject *const *sequences,
+                      const lpsgd_hyper *hyper)
+{
+    const int has_momentum = lists->count > 2;
+    buffer_lists buffers = {0};
+    lpsgd_status status = LPSGD_OK;
+    PyObject *result = NULL;
+
+    if (check_hyper(hyper))
+        goto done;
+    for (int j = 0; j < lists->count; j++) {
+        lists->tuple[j] = snapshot(lists->function, lists->name[j], sequences[j]);
+        if (!lists->tuple[j])
+            goto done;
+    }
+    if (tensor_lists_read(torch, lists, &buffers))
+        goto done;
+    const int threads = get_num_threads(torch);
+    if (threads < 0 || bump_versions(torch, lists))
+        goto done;
+
+    Py_BEGIN_ALLOW_THREADS
+    for (int d = 0; d < DTYPE_COUNT && status == LPSGD_OK; d++)
+        if (buffers.count[d])
+            status = (has_momentum ? lpsgdm_step : lpsgd_step)(
+                buffers.of_dtype[d], buffers.count[d], (lpsgd_dtype)d, hyper, threads);
+    Py_END_ALLOW_THREADS
+    if (status == LPSGD_OK)
+        result = Py_NewRef(Py_None);
+    else
+        PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
+done:
+    PyMem_Free(buffers.memory);
+    for (int j = 0; j < lists->count; j++)
+        Py_XDECREF(lists->tuple[j]);
+    return result;
+}
+
+PyDoc_STRVAR(lpsgd_doc,
+"lpsgd_(params, grads, *, lr, p, weight_decay=0.0, eps=1e-08, pivot=1.0, maximize=False)\n"
+"--\n"
+"\n"
+"One LPSGD step in place (arXiv:2606.02078, eq 21 and 22), for every element:\n"
+"\n"
+"    u = grad / (|grad| + eps)**rho * pivot**(-1 / (p - 1)),  rho = (p - 2) / (p - 1)\n"
+"    param = (1 - lr * weight_decay) * param - lr * u\n"
+"\n"
+"Args:\n"
+"    params: list or tuple of dense CPU tensors, float32, float64, bfloat16 or float16, of type\n"
+"        Tensor or Parameter exactly; no two may share memory. Updated in place, whether or not\n"
+"        they require grad; autograd's version counters are incremented.\n"
+"    grads: one tensor for each parameter, of its shape, dtype and strides. Not changed.\n"
+"    lr: learning rate, >= 0.\n"
+"    p: norm, >= 2; 2 is gradient descent, math.inf is sign descent.\n"
+"    weight_decay: decoupled weight decay, >= 0.\n"
+"    eps: added to |grad|, >= 0.\n"
+"    pivot: the |grad| at which |u| is 1 for every p, > 0; 1 is the paper.\n"
+"    maximize: ascend instead of descend.\n"
+"\n"
+"Raises TypeError, ValueError or RuntimeError with the name of the argument and the index; then no\n"
+"tensor has changed. Several threads may call it at once on different tensors; the GIL is released\n"
+"while the kernel runs, on torch.get_num_threads() threads.");
+
+PyDoc_STRVAR(lpsgdm_doc,
+"lpsgdm_(params, grads, momentum_buffers, *, lr, p, momentum=0.9, weight_decay=0.0, eps=1e-08, "
+"pivot=1.0, maximize=False)\n"
+"--\n"
+"\n"
+"One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element:\n"
+"\n"
+"    momentum_buffer = momentum * momentum_buffer + (1 - momentum) * grad\n"
+"    u = momentum_buffer / (|momentum_buffer| + eps)**rho * pivot**(-1 / (p - 1))\n"
+"    param = (1 - lr * weight_decay) * param - lr * u\n"
+"\n"
+"Args:\n"
+"    momentum_buffers: one tensor for each parameter, of its shape, dtype and strides, zeros before\n"
+"        the first step. Updated in place.\n"
+"    momentum: 0 <= momentum < 1.\n"
+"\n"
+"The other arguments, the errors and what it says of threads are those of lpsgd_.");
+
+static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwargs,
+                                int has_momentum)
+{
+    static char *lpsgd_names[] = {"params",       "grads", "lr",    "p",
+                                  "weight_decay", "eps",   "pivot", "maximize", NULL};
+    static char *lpsgdm_names[] = {"params",   "grads",        "momentum_buffers", "lr",    "p",
+                                   "momentum", "weight_decay", "eps",              "pivot", "maximize",
+                                   NULL};
+    tensor_lists lists = {
+        .function = has_momentum ? "lpsgdm_" : "lpsgd_",
+        .count = has_momentum ? 3 : 2,
+        .name = {"params", "grads", "momentum_buffers"},
+        .written = {1, 0, 1},
+    };
+    PyObject *sequence[MAX_LISTS] = {NULL}, *lr = NULL, *p = NULL, *momentum = NULL,
+             *weight_decay = NULL, *eps = NULL, *pivot = NULL;
+    lpsgd_hyper hyper = {.momentum = has_momentum ? 0.9 : 0.0, .eps = 1e-8, .pivot = 1.0};
+    const int parsed =
+        has_momentum
+            ? PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$OOOOOOp:lpsgdm_", lpsgdm_names,
+                                          &sequence[0], &sequence[1], &sequence[2], &lr, &p,
+                                          &momentum, &weight_decay, &eps, &pivot, &hyper.maximize)
+            : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOp:lpsgd_", lpsgd_names,
+                                          &sequence[0], &sequence[1], &lr, &p, &weight_decay, &eps,
+                                          &pivot, &hyper.maximize);
+    if (!parsed)
+        return NULL;
+    if (!lr || !p) {
+        PyErr_Format(PyExc_TypeError, "%s() missing required keyword-only argument: '%s'",
+                     lists.function, lr ? "p" : "lr");
+        return NULL;
+    }
+    if (read_double(lists.function, "lr", lr, &hyper.lr) ||
+        read_double(lists.function, "p", p, &hyper.p) ||
+        read_double(lists.function, "momentum", momentum, &hyper.momentum) ||
+        read_double(lists.function, "weight_decay", weight_decay, &hyper.weight_decay) ||
+        read_double(lists.function, "eps", eps, &hyper.eps) ||
+        read_double(lists.function, "pivot", pivot, &hyper.pivot))
+        return NULL;
+    return step(state_of(module), &lists, sequence, &hyper);
+}
+
+static PyObject *lpsgd(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    return parse_and_step(module, args, kwargs, 0);
+}
+
+static PyObject *lpsgdm(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    return parse_and_step(module, args, kwargs, 1);
+}
+
+PyDoc_STRVAR(rho_doc,
+"rho(p)\n"
+"--\n"
+"\n"
+"(p - 2) / (p - 1), the exponent of the update (arXiv:2606.02078, eq 20): 0 at p = 2, 1 at\n"
+"math.inf. Raises ValueError for p < 2 or NaN.");
+
+static PyObject *rho(PyObject *module, PyObject *object)
+{
+    double p = 0.0;
+    (void)module;
+    if (read_double("rho", "p", object, &p))
+        return NULL;
+    if (!(p >= 2.0)) {
+        refuse_value("p value", p);
+        return NULL;
+    }
+    return PyFloat_FromDouble(lpsgd_rho(p));
+}
+
+PyDoc_STRVAR(cosine_p_doc,
+"cosine_p(s, total, p_max, p_min=2.0)\n"
+"--\n"
+"\n"
+"p of the cosine schedule at epoch or step s = 1 ... total (arXiv:2606.02078, eq 19):\n"
+"\n"
+"    p_min + (p_max - p_min) * (1 + cos(pi * (s - 1) / (total - 1))) / 2\n"
+"\n"
+"Exactly p_max at s = 1 and p_min from s = total on; total = 1 has p_max at s = 1. Fractions are\n"
+"allowed. Raises ValueError unless s >= 1, total >= 1 and 2 <= p_max, p_min, all finite.");
+
+static PyObject *cosine_p(PyObject *module, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"s", "total", "p_max", "p_min", NULL};
+    PyObject *object[4] = {NULL};
+    double value[4] = {0.0, 0.0, 0.0, 2.0};
+    (void)module;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O:cosine_p", names, &object[0], &object[1],
+                                     &object[2], &object[3]))
+        return NULL;
+    for (int i = 0; i < 4; i++) {
+        const double least = i < 2 ? 1.0 : 2.0;
+        if (read_double("cosine_p", names[i], object[i], &value[i]))
+            return NULL;
+        if (!(value[i] >= least && value[i] < Py_HUGE_VAL)) {
+            refuse_value(names[i], value[i]);
+            return NULL;
+        }
+    }
+    return PyFloat_FromDouble(lpsgd_cosine_p(value[0], value[1], value[2], value[3]));
+}
+
+PyDoc_STRVAR(cpu_capability_doc,
+"cpu_capability()\n"
+"--\n"
+"\n"
+"The instruction set that steps run on: 'default', 'avx2' or 'avx512'. The best that the CPU has,\n"
+"lowered by the environment variable LPSGD_CPU_CAPABILITY, which is read when the module is\n"
+"imported. Every one gives the same bits (float64 aside).");
+
+static PyObject *cpu_capability(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyUnicode_FromString(lpsgd_cpu_capability());
+}
+
+PyDoc_STRVAR(build_info_doc,
+"build_info()\n"
+"--\n"
+"\n"
+"How this binary was built, as a dict: 'version', 'compiler', 'openmp' (False: every step runs in\n"
+"one thread) and 'cuda'.");
+
+static PyObject *build_info(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return Py_BuildValue("{s:s,s:s,s:O,s:O}", "version", LPSGD_VERSION, "compiler",
+#ifdef __clang__
+                         __VERSION__,
+#else
+                         "GCC " __VERSION__,
+#endif
+                         "openmp", lpsgd_has_openmp() ? Py_True : Py_False, "cuda", Py_False);
+}
+
+static PyMethodDef methods[] = {
+    {"lpsgd_", (PyCFunction)(void (*)(void))lpsgd, METH_VARARGS | METH_KEYWORDS, lpsgd_doc},
+    {"lpsgdm_", (PyCFunction)(void (*)(void))lpsgdm, METH_VARARGS | METH_KEYWORDS, lpsgdm_doc},
+    {"rho", rho, METH_O, rho_doc},
+    {"cosine_p", (PyCFunction)(void (*)(void))cosine_p, METH_VARARGS | METH_KEYWORDS, cosine_p_doc},
+    {"cpu_capability", cpu_capability, METH_NOARGS, cpu_capability_doc},
+    {"build_info", build_info, METH_NOARGS, build_info_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+/* A wish that was not fulfilled is said, as PyTorch does for ATEN_CPU_CAPABILITY. */
+static int choose_capability(void)
+{
+    const char *wish = getenv("LPSGD_CPU_CAPABILITY"), *got = lpsgd_cpu_capability();
+    if (!wish || !*wish || strcmp(wish, got) == 0)
+        return 0;
+    return PyErr_WarnFormat(PyExc_RuntimeWarning, 1,
+                            "ignoring LPSGD_CPU_CAPABILITY=%s, which is not one of default, avx2, "
+                            "avx512 or not supported by this CPU; using %s",
+                            wish, got);
+}
+
+static int module_exec(PyObject *module)
+{
+    return torch_api_load(state_of(module)) || choose_capability() ? -1 : 0;
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    const torch_api *torch = state_of(module);
+    Py_VISIT(torch->tensor_type);
+    Py_VISIT(torch->parameter_type);
+    Py_VISIT(torch->is_neg);
+    Py_VISIT(torch->untyped_storage);
+    Py_VISIT(torch->storage_offset);
+    Py_VISIT(torch->increment_version);
+    Py_VISIT(torch->get_num_threads);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    torch_api *torch = state_of(module);
+    Py_CLEAR(torch->tensor_type);
+    Py_CLEAR(torch->parameter_type);
+    Py_CLEAR(torch->is_neg);
+    Py_CLEAR(torch->untyped_storage);
+    Py_CLEAR(torch->storage_offset);
+    Py_CLEAR(torch->increment_version);
+    Py_CLEAR(torch->get_num_threads);
+    return 0;
+}
+
+static void module_free(void *module)
+{
+    module_clear(module);
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)(uintptr_t)module_exec}, {0, NULL}};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "lpsgd_ext",
+    .m_doc = PyDoc_STR("LPSGD and LPSGDM steps on PyTorch tensors, in C (arXiv:2606.02078)."),
+    .m_size = sizeof(torch_api),
+    .m_methods = methods,
+    .m_slots = slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
+};
+
+PyMODINIT_FUNC PyInit_lpsgd_ext(void)
+{
+    return PyModuleDef_Init(&definition);
+}

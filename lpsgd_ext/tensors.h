@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * tensors.h: from lists of PyTorch tensors to checked raw buffers.
+ */
+#ifndef LPSGD_TENSORS_H
+#define LPSGD_TENSORS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "dlpack_abi.h"
+#include "lpsgd.h"
+
+/* What the module keeps of PyTorch; one per module object. */
+typedef struct torch_api {
+    PyObject *tensor_type, *parameter_type;
+    PyObject *is_neg, *untyped_storage, *storage_offset; /* methods of torch.Tensor */
+    PyObject *increment_version, *get_num_threads;
+    const lpsgd_dl_api *dlpack;
+} torch_api;
+
+enum { DTYPE_COUNT = 4, MAX_LISTS = 3 };
+
+/* Parallel tuples of tensors, params first; `written` says which a step writes to. Owns
+ * references, so that tensors outlive a step although other threads may change the lists. */
+typedef struct tensor_lists {
+    const char *function; /* for messages */
+    int count;
+    const char *name[MAX_LISTS];
+    int written[MAX_LISTS];
+    PyObject *tuple[MAX_LISTS];
+} tensor_lists;
+
+/* The non-empty tensors' memory, grouped by dtype: one list for each lpsgd_dtype. */
+typedef struct buffer_lists {
+    lpsgd_buffer *of_dtype[DTYPE_COUNT];
+    int64_t count[DTYPE_COUNT];
+    void *memory; /* to be given to PyMem_Free */
+} buffer_lists;
+
+/* Imports torch and fills `torch`. Returns 0, or -1 with an exception. */
+int torch_api_load(torch_api *torch);
+
+/* Checks everything there is to check about the tensors and fills `buffers`. Writes to no tensor.
+ * Returns 0, or -1 with an exception that names the argument and the index. */
+int tensor_lists_read(const torch_api *torch, const tensor_lists *lists, buffer_lists *buffers);
+
+#endif

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+from collections.abc import Sequence
+from typing import SupportsFloat, TypedDict
+
+from torch import Tensor
+
+class BuildInfo(TypedDict):
+    version: str
+    compiler: str
+    openmp: bool
+    cuda: bool
+
+def lpsgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    lr: SupportsFloat,
+    p: SupportsFloat,
+    weight_decay: SupportsFloat = 0.0,
+    eps: SupportsFloat = 1e-8,
+    pivot: SupportsFloat = 1.0,
+    maximize: bool = False,
+) -> None: ...
+def lpsgdm_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: SupportsFloat,
+    p: SupportsFloat,
+    momentum: SupportsFloat = 0.9,
+    weight_decay: SupportsFloat = 0.0,
+    eps: SupportsFloat = 1e-8,
+    pivot: SupportsFloat = 1.0,
+    maximize: bool = False,
+) -> None: ...
+def rho(p: SupportsFloat) -> float: ...
+def cosine_p(
+    s: SupportsFloat, total: SupportsFloat, p_max: SupportsFloat, p_min: SupportsFloat = 2.0
+) -> float: ...
+def cpu_capability() -> str: ...
+def build_info() -> BuildInfo: ...
