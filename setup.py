@@ -23,7 +23,9 @@ from setuptools.errors import CompileError, LinkError
 ARITHMETIC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-OPENMP_PROBE = "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
+OPENMP_PROBE = (
+    "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
+)
 
 
 class BuildExt(build_ext):

@@ -34,10 +34,12 @@ double lpsgd_cosine_p(double s, double total, double p_max, double p_min)
         return p_max;
     if (s >= total)
         return p_min;
-    /* (1 + cos(pi x)) / 2 = 1 - sin(pi x / 2)^2 = sin(pi (1 - x) / 2)^2 */
-    const double x = (s - 1.0) / (total - 1.0);
-    const double rest = (total - s) / (total - 1.0);
-    const double weight = x < 0.5 ? 1.0 - sine_squared(x) : sine_squared(rest);
+    /* With x = (s - 1) / (total - 1): (1 + cos(pi x)) / 2 = 1 - sin(pi x / 2)^2
+     *                                                      = sin(pi (1 - x) / 2)^2. */
+    const double done = s - 1.0, left = total - s;
+    const double weight = done < left    ? 1.0 - sine_squared(done / (total - 1.0))
+                          : done == left ? 0.5
+                                         : sine_squared(left / (total - 1.0));
     return p_min + (p_max - p_min) * weight;
 }
 

@@ -1,1 +1,13 @@
-"""LPSGD."""
+# SPDX-License-Identifier: MIT
+"""LPSGD and LPSGDM, the lp-norm optimizers of arXiv:2606.02078, as drop-in PyTorch optimizers."""
+
+# torch comes before lpsgd_ext, so that both share PyTorch's OpenMP runtime.
+import torch  # noqa: F401  # isort: skip
+import lpsgd_ext
+
+from ._optimizer import LPSGD, LPSGDM
+from ._schedule import CosineAnnealingP
+
+__version__ = lpsgd_ext.build_info()["version"]
+
+__all__ = ["LPSGD", "LPSGDM", "CosineAnnealingP", "__version__"]
