@@ -132,15 +132,16 @@ typedef struct lpsgd_scaled_power {
 
 LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_scalars *k)
 {
-    const int32_t bits = lpsgd_bits(y), scale23 = 24 << 23;
+    const int32_t bits = lpsgd_bits(y), scale23 = 24 << 23, small_power23 = -(100 << 23);
     const int32_t tiny = bits < 0x00800000, huge = bits >= 0x7e000000;
     lpsgd_scaled_power power;
     float z, f;
     power.before = tiny ? 0x1p24f : 1.0f;
-    power.after = huge ? 0x1p-24f : 1.0f;
     const int32_t e23 = lpsgd_split(y * power.before, &z) - (tiny ? scale23 : 0);
     const uint32_t n23 = lpsgd_log2(z, (float)e23, k, &f);
-    const uint32_t shift = (uint32_t)((huge ? scale23 : 0) - (tiny ? scale23 : 0));
+    const int32_t subnormal = huge && (int32_t)n23 < small_power23;
+    power.after = subnormal ? 0x1p-24f : 1.0f;
+    const uint32_t shift = (uint32_t)((subnormal ? scale23 : 0) - (tiny ? scale23 : 0));
     const float w = lpsgd_exp2(f, n23 + shift);
     power.w = bits == 0x7f800000 ? 0.0f : w;
     return power;

@@ -8,9 +8,10 @@ of each per parameter and of its shape, dtype and device. It writes to `params` 
 float16 are computed in float32 with one rounding on store, as in C.
 """
 
-import lpsgd_ext
 import torch
 from torch import Tensor
+
+import lpsgd_ext
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any, overload
 
-import lpsgd_ext
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+import lpsgd_ext
 
 from . import _eager
 

@@ -4,8 +4,9 @@
 import math
 from typing import Any
 
-import lpsgd_ext
 from torch.optim.optimizer import Optimizer
+
+import lpsgd_ext
 
 
 class CosineAnnealingP:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+# make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
+# make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
+# make lib     builds csrc as a static library with a pkg-config file
+# make bench   times step() against PyTorch's optimizers
+
+PYTHON ?= python3
+TORCH ?=
+VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
+IN_VENV := $(VENV)/bin/python
+
+.PHONY: demo test lib bench install clean
+
+demo: install
+	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
+
+test: install
+	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64
+	$(IN_VENV) -m pytest
+
+bench: install
+	$(IN_VENV) -m benchmarks.speed.step
+
+lib:
+	$(MAKE) -C csrc
+
+# The package as a user gets it: built in isolation and installed, not linked to the sources.
+install: $(VENV)/.torch
+	rm -rf build/lib.* build/temp.* build/bdist.*
+	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet --force-reinstall --no-deps .
+
+$(VENV)/.torch: pyproject.toml
+	PYTHON=$(PYTHON) sh tests/system_packages.sh python
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH),$(IN_VENV) -m pip install --quiet "torch==$(TORCH)")
+	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet ".[demo,test]"
+	touch $@
+
+clean:
+	rm -rf build dist python/*.egg-info
