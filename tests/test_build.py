@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""The package's builds: wheel, sdist, other compilers, no OpenMP."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from helpers import ROOT, tool
+
+SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in"]
+QUERY = """
+import sys, torch
+sys.path.insert(0, {path!r})
+import lpsgd_ext
+assert lpsgd_ext.__file__.startswith({path!r}), lpsgd_ext.__file__
+param = torch.zeros(3)
+lpsgd_ext.lpsgd_([param], [torch.ones(3)], lr=0.5, p=4.0)
+print(param.tolist(), lpsgd_ext.build_info()["openmp"])
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what the build needs, so that builds leave nothing behind."""
+    ignore = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "build")
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, tmp_path / "source" / name, ignore=ignore)
+        else:
+            shutil.copy(path, tmp_path / "source" / name)
+    return tmp_path / "source"
+
+
+def run(command, cwd, **environment):
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def build_module(source, **environment):
+    """Builds the module in place and returns what a step in a fresh interpreter prints."""
+    run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        source,
+        LPSGD_WERROR="1",
+        **environment,
+    )
+    path = str(source / "python")
+    return run([sys.executable, "-c", QUERY.format(path=path)], source).strip()
+
+
+def test_wheel_is_abi3_and_the_sdist_builds_the_same(source, tmp_path):
+    build = [sys.executable, "-m", "build", "--outdir"]
+    run([*build, tmp_path / "direct", "--wheel", "."], source)
+    run([*build, tmp_path / "from sdist", "."], source)  # the sdist, and the wheel from it
+    (wheel,) = (tmp_path / "direct").iterdir()
+    (again,) = (tmp_path / "from sdist").glob("*.whl")
+    assert "-cp310-abi3-linux" in wheel.name and wheel.name == again.name
+    contents = [
+        {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
+        for archive in (zipfile.ZipFile(wheel), zipfile.ZipFile(again))
+    ]
+    assert contents[0] == contents[1]
+    names = list(contents[0])
+    assert "lpsgd_ext.abi3.so" in names
+    assert {"lpsgd/__init__.py", "lpsgd/py.typed", "lpsgd_ext-stubs/__init__.pyi"} <= set(names)
+    assert not [name for name in names if name.endswith((".c", ".h"))]
+
+
+def test_module_exports_its_init_function_alone(source):
+    build_module(source)
+    (module,) = (source / "python").glob("*.so")
+    symbols = run([tool("nm"), "-D", "--defined-only", module], source).split()
+    assert symbols[2::3] == ["PyInit_lpsgd_ext"]
+
+
+def test_build_without_openmp_says_so(source):
+    assert build_module(source, LPSGD_OPENMP="0") == "[-0.5, -0.5, -0.5] False"
+
+
+def test_clang_builds_without_a_warning(source):
+    assert build_module(source, CC=tool("clang")).startswith("[-0.5, -0.5, -0.5]")
+
+
+def test_build_never_imports_torch(source, tmp_path):
+    trap = tmp_path / "trap" / "torch"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text("raise RuntimeError('the build imported torch')\n")
+    run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        source,
+        PYTHONPATH=str(tmp_path / "trap"),
+    )
