@@ -40,7 +40,9 @@ double lpsgd_cosine_p(double s, double total, double p_max, double p_min)
     const double weight = done < left    ? 1.0 - sine_squared(done / (total - 1.0))
                           : done == left ? 0.5
                                          : sine_squared(left / (total - 1.0));
-    return p_min + (p_max - p_min) * weight;
+    const double p = p_min + (p_max - p_min) * weight;
+    /* Rounding may carry p an ulp beyond its ends, below 2 even. */
+    return fmin(fmax(p, fmin(p_min, p_max)), fmax(p_min, p_max));
 }
 
 lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper)

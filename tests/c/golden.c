@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * golden.c: the contract of bits across machines. Steps a fixed data set with every float type whose
+ * bits are promised, for every cutting of the data and number of threads alike, and compares one
+ * checksum of all results with the one below. Needs no test library, so that it can be compiled for
+ * any processor. golden [CAPABILITY] also fails unless the steps run on that instruction set.
+ */
+#include "helpers.h"
+
+static const uint64_t golden = UINT64_C(0xbd4c32699b875359);
+
+static uint64_t mix(uint64_t checksum, uint64_t value) /* FNV-1a, 64 bits at a time */
+{
+    return (checksum ^ value) * UINT64_C(0x100000001b3);
+}
+
+/* Of the results in the order of the elements, however they are cut into buffers. */
+static uint64_t checksum_of(test_list *list)
+{
+    const float_format f = format_of(list->dtype);
+    uint64_t params = 1, momentum_buffers = 2;
+    canonicalize_nan(list);
+    for (const lpsgd_buffer *b = list->buffers; b < list->buffers + list->count; b++)
+        for (int64_t i = 0; i < b->numel; i++) {
+            params = mix(params, load_bits(b->param, f, i));
+            momentum_buffers = mix(momentum_buffers, load_bits(b->momentum_buffer, f, i));
+        }
+    return mix(params, momentum_buffers);
+}
+
+/* Two steps of `total` elements cut into buffers of `piece` elements (the last one may be smaller). */
+static uint64_t run(lpsgd_dtype dtype, const lpsgd_hyper *hyper, int has_momentum, int64_t total,
+                    int64_t piece, int num_threads)
+{
+    static int64_t numel[2000];
+    int64_t count = 0;
+    for (int64_t left = total; left > 0; left -= piece)
+        numel[count++] = left < piece ? left : piece;
+    test_list list = make_list(dtype, numel, count, 4, (uint64_t)total);
+    for (int i = 0; i < 2; i++)
+        if (step_list(&list, hyper, has_momentum, num_threads) != LPSGD_OK)
+            abort();
+    const uint64_t checksum = checksum_of(&list);
+    free_list(&list);
+    return checksum;
+}
+
+/* The same from every cutting and number of threads, which clears *same where it isn't. */
+static uint64_t run_all_ways(lpsgd_dtype dtype, const lpsgd_hyper *hyper, int has_momentum,
+                             int64_t total, int *same)
+{
+    static const int64_t pieces[] = {37, 1000, 40000};
+    const uint64_t whole = run(dtype, hyper, has_momentum, total, total, 1);
+    for (int i = 0; i < 3; i++) {
+        const int num_threads = i + 1; /* of use to long lists alone */
+        if (run(dtype, hyper, has_momentum, total, pieces[i], num_threads) != whole)
+            *same = 0;
+    }
+    return whole;
+}
+
+int main(int argc, char **argv)
+{
+    static const lpsgd_dtype dtypes[] = {LPSGD_FLOAT32, LPSGD_BFLOAT16, LPSGD_FLOAT16};
+    static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
+    static const double eps[] = {1e-8, 0.0, 0.5};
+    uint64_t checksum = 0;
+    int same = 1;
+    for (int i = 0; i < 3 * 2 * 8 * 3; i++) {
+        const lpsgd_dtype dtype = dtypes[i % 3];
+        const int has_momentum = i / 3 % 2, norm = i / 6 % 8, e = i / 48;
+        const lpsgd_hyper hyper = {.lr = 0.01,
+                                   .p = norms[norm],
+                                   .momentum = 0.9,
+                                   .weight_decay = (i + norm) % 2 ? 0.1 : 0.0,
+                                   .eps = eps[e],
+                                   .pivot = 1.0, /* for another one libm's pow() has a say */
+                                   .maximize = (i / 2 + e) % 2};
+        checksum = mix(checksum, run_all_ways(dtype, &hyper, has_momentum, 1100, &same));
+        if (norm == 3 && e == 0)
+            checksum = mix(checksum, run_all_ways(dtype, &hyper, has_momentum, 40000, &same));
+    }
+
+    const int right = checksum == golden;
+    const int asked = argc < 2 || strcmp(lpsgd_cpu_capability(), argv[1]) == 0;
+    printf("golden: capability %s, OpenMP %d, checksum 0x%016llx\n", lpsgd_cpu_capability(),
+           lpsgd_has_openmp(), (unsigned long long)checksum);
+    if (!same)
+        printf("golden: the bits depend on the cutting or on the number of threads\n");
+    if (!right)
+        printf("golden: the checksum should be 0x%016llx\n", (unsigned long long)golden);
+    if (!asked)
+        printf("golden: the capability should be %s\n", argv[1]);
+    return !(same && right && asked);
+}

@@ -1,0 +1,231 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * test_accuracy.c: the bounds in ulp that lpsgd.h and lpsgd_element.h promise, and the edge cases of
+ * u. For float32 the real value is the C library's pow() in double: its error is below 1e-8 ulp.
+ */
+#include "helpers.h"
+
+#include <float.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+
+static const double rhos[] = {0.0, 0.1, 0.5, 2.0 / 3.0, 0.8, 6.0 / 7.0, 7.0 / 8.0, 0.99, 1.0};
+enum { rho_count = sizeof rhos / sizeof *rhos, mantissas = 3000 };
+
+/* The scalars for rho within an ulp (k.rho64 says it exactly), whatever rule it would run by. */
+static lpsgd_scalars scalars_for(double rho, double eps)
+{
+    const lpsgd_hyper hyper = {
+        .lr = 1.0, .p = rho == 1.0 ? INFINITY : 2.0 + rho / (1.0 - rho), .eps = eps, .pivot = 1.0};
+    lpsgd_scalars k;
+    assert_int_equal(lpsgd_fold(&hyper, 0, &k), LPSGD_OK);
+    return k;
+}
+
+static float direction(float x, const lpsgd_scalars *k)
+{
+    return lpsgd_direction(x, LPSGD_RULE_POWER, k);
+}
+
+/* |value - real| in units of the last place that a float of real's size has, were there no limit
+ * to its exponent below `smallest`. */
+static double error_in_ulp(double value, double real, double smallest)
+{
+    const double size = fabs(real) > smallest ? fabs(real) : smallest;
+    return fabs(value - real) / ldexp(1.0, ilogb(size) - (FLT_MANT_DIG - 1));
+}
+
+static double power_error(float y, const lpsgd_scalars *k)
+{
+    const lpsgd_scaled_power power = lpsgd_power(y, k);
+    assert_true(isnormal(power.w));
+    const double value = (double)power.w * power.before * power.after;
+    return error_in_ulp(value, pow((double)y, -k->rho64), 0.0);
+}
+
+static void test_power_is_within_2_ulp_for_every_exponent(void **state)
+{
+    (void)state;
+    uint64_t random = 1;
+    for (int r = 0; r < rho_count; r++) {
+        const lpsgd_scalars k = scalars_for(rhos[r], 0.0);
+        double worst = 0.0, worst_in_octave = 0.0;
+        /* Exponent 0 is that of the subnormal numbers: all 23 of their binades. */
+        for (int32_t exponent = 0; exponent < 255; exponent++)
+            for (int32_t i = 0; i < mantissas; i++) {
+                int32_t mantissa = (int32_t)(next_random(&random) & 0x7fffff);
+                if (exponent == 0)
+                    mantissa = mantissa >> i % 23 | 1;
+                else if (i < 2)
+                    mantissa = i * 0x7fffff;
+                worst = fmax(worst, power_error(lpsgd_float(exponent << 23 | mantissa), &k));
+            }
+        for (int32_t mantissa = 0; mantissa < 1 << 23; mantissa++)
+            worst_in_octave =
+                fmax(worst_in_octave, power_error(lpsgd_float(127 << 23 | mantissa), &k));
+        print_message("rho %.4f: worst %.4f ulp over all exponents, %.4f over all of [1, 2)\n",
+                      k.rho64, worst, worst_in_octave);
+        assert_true(worst <= 2.0);
+        assert_true(worst_in_octave <= 2.0);
+    }
+}
+
+/* The largest errors lie where log2 of the mantissa is just below 1/2 and rho is large. */
+static void test_power_is_within_2_ulp_for_any_rho(void **state)
+{
+    (void)state;
+    uint64_t random = 5;
+    double worst = 0.0;
+    for (int r = 0; r < 400; r++) {
+        const double uniform = (double)(next_random(&random) >> 11) * 0x1p-53;
+        const lpsgd_scalars k = scalars_for(r % 4 ? 0.85 + 0.15 * uniform : uniform, 0.0);
+        for (int i = 0; i < 20000; i++) {
+            const uint64_t bits = next_random(&random), exponent = 1 + bits % 254;
+            const uint64_t mantissa = i % 2 ? 0x2f0000 + (bits >> 32) % 0x60000 : bits >> 41;
+            worst = fmax(worst, power_error(lpsgd_float((int32_t)(exponent << 23 | mantissa)), &k));
+        }
+    }
+    print_message("random rho: worst %.4f ulp\n", worst);
+    assert_true(worst <= 2.0);
+}
+
+static void test_stages_are_the_power_for_ordinary_y(void **state)
+{
+    (void)state;
+    uint64_t random = 2;
+    for (int r = 0; r < rho_count; r++) {
+        const lpsgd_scalars k = scalars_for(rhos[r], 0.0);
+        for (int i = 0; i < 100000; i++) {
+            const float y = lpsgd_float((int32_t)(next_random(&random) & 0x7fffffff));
+            const lpsgd_scaled_power power = lpsgd_power(y, &k);
+            assert_int_equal(lpsgd_extraordinary(y) >= LPSGD_ORDINARY,
+                             !(y >= 0x1p-126f && y < 0x1p125f));
+            if (lpsgd_extraordinary(y) >= LPSGD_ORDINARY)
+                continue;
+            float z, f;
+            const int32_t e23 = lpsgd_split(y, &z);
+            const uint32_t n23 = lpsgd_log2(z, (float)e23, &k, &f);
+            assert_true(lpsgd_exp2(f, n23) == power.w && power.before == 1 && power.after == 1);
+        }
+    }
+}
+
+static void test_direction_is_within_3_ulp_and_odd(void **state)
+{
+    (void)state;
+    static const double eps[] = {0.0, 1e-42, 1e-8, 1.0, 1e38};
+    uint64_t random = 3;
+    for (int r = 0; r < rho_count; r++) {
+        double worst = 0.0;
+        for (int e = 0; e < 5; e++) {
+            const lpsgd_scalars k = scalars_for(rhos[r], eps[e]);
+            for (int32_t exponent = 0; exponent < 255; exponent++)
+                for (int i = 0; i < 400; i++) {
+                    int32_t mantissa = (int32_t)(next_random(&random) & 0x7fffff);
+                    if (exponent == 0)
+                        mantissa = mantissa >> i % 23 | 1;
+                    const float x = lpsgd_float(exponent << 23 | mantissa), y = x + k.eps;
+                    const float u = direction(x, &k);
+                    assert_true(lpsgd_bits(direction(-x, &k)) == lpsgd_bits(-u));
+                    if (isinf(y))
+                        assert_true(u == 0.0f);
+                    else
+                        worst = fmax(worst, error_in_ulp(u, x * pow(y, -k.rho64), FLT_MIN));
+                }
+        }
+        print_message("rho %.4f: u within %.4f ulp\n", rhos[r], worst);
+        assert_true(worst <= 3.0);
+    }
+}
+
+static void test_edge_cases_of_direction(void **state)
+{
+    (void)state;
+    static const lpsgd_rule rules[] = {LPSGD_RULE_SGD, LPSGD_RULE_POWER, LPSGD_RULE_SIGN};
+    for (int r = 0; r < rho_count; r++)
+        for (int e = 0; e < 2; e++) {
+            const lpsgd_scalars k = scalars_for(rhos[r], e ? 1e-8 : 0.0);
+            const lpsgd_rule rule = rules[(rhos[r] > 0.0) + (rhos[r] == 1.0)];
+            assert_int_equal(k.rule, rule);
+            assert_int_equal(lpsgd_bits(lpsgd_direction(0.0f, rule, &k)), lpsgd_bits(0.0f));
+            assert_int_equal(lpsgd_bits(lpsgd_direction(-0.0f, rule, &k)), lpsgd_bits(-0.0f));
+            assert_true(isnan(lpsgd_direction(NAN, rule, &k)));
+            assert_true(lpsgd_direction64(0.0, rule, &k) == 0.0);
+            assert_true(signbit(lpsgd_direction64(-0.0, rule, &k)));
+            assert_true(isnan(lpsgd_direction64(NAN, rule, &k)));
+            if (rule == LPSGD_RULE_SGD) {
+                assert_true(lpsgd_direction(INFINITY, rule, &k) == INFINITY);
+                assert_true(lpsgd_direction64(INFINITY, rule, &k) == INFINITY);
+                continue;
+            }
+            /* inf / inf. */
+            assert_true(isnan(lpsgd_direction(INFINITY, rule, &k)));
+            assert_true(isnan(lpsgd_direction(-INFINITY, rule, &k)));
+            assert_true(isnan(lpsgd_direction64(INFINITY, rule, &k)));
+            lpsgd_scalars huge = k;
+            huge.eps = FLT_MAX;
+            huge.eps64 = DBL_MAX;
+            assert_true(lpsgd_direction(FLT_MAX, rule, &huge) == 0.0f); /* y infinite, x not */
+            assert_true(lpsgd_direction64(DBL_MAX, rule, &huge) == 0.0);
+        }
+    /* |u| = |x|^(1 - rho) at both ends of the range. */
+    const float ends[] = {FLT_TRUE_MIN, 0x1p-127f, FLT_MIN, 0x1p127f, FLT_MAX};
+    for (int i = 0; i < 5; i++) {
+        const lpsgd_scalars near_0 = scalars_for(1e-6, 0.0), near_1 = scalars_for(1.0 - 1e-9, 0.0);
+        assert_true(error_in_ulp(direction(ends[i], &near_0),
+                                 pow(ends[i], 1.0 - near_0.rho64), FLT_MIN) <= 3.0);
+        assert_true(error_in_ulp(direction(ends[i], &near_1),
+                                 pow(ends[i], 1.0 - near_1.rho64), FLT_MIN) <= 3.0);
+    }
+}
+
+/* x86's long double has 11 bits more than double; elsewhere there may be nothing to compare with. */
+static void test_float64_direction_is_within_3_ulp(void **state)
+{
+    (void)state;
+#if LDBL_MANT_DIG < 64
+    print_message("SKIPPED: long double is no wider than double\n");
+    skip();
+#else
+    uint64_t random = 4;
+    for (int r = 0; r < rho_count; r++) {
+        long double worst[2] = {0.0L, 0.0L}; /* where pow() suffices, and where its root is squared */
+        for (int i = 0; i < 400000; i++) {
+            const lpsgd_scalars k = scalars_for(rhos[r], i % 4 ? 0.0 : 1e-8);
+            int64_t bits = (int64_t)(next_random(&random) >> 12);
+            if (i % 8 == 1) /* subnormal */
+                bits = bits >> next_random(&random) % 52 | 1;
+            else
+                bits |= (i % 8 == 2 ? 2046 : 1 + (int64_t)(next_random(&random) % 2046)) << 52;
+            double x;
+            memcpy(&x, &bits, sizeof x);
+            const double y = x + k.eps64, u = lpsgd_direction64(x, k.rule, &k);
+            assert_true(lpsgd_direction64(-x, k.rule, &k) == -u);
+            const long double real = x * powl(y, -(long double)k.rho64);
+            const long double size = fmaxl(real, DBL_MIN);
+            const long double ulp = ldexpl(1.0L, ilogbl(size) - (DBL_MANT_DIG - 1));
+            const int rare = y < 0x1p-1022 || y >= 0x1p1022;
+            worst[rare] = fmaxl(worst[rare], fabsl(u - real) / ulp);
+        }
+        print_message("rho %.4f: float64 u within %.3Lf ulp, %.3Lf for subnormal and huge x\n",
+                      rhos[r], worst[0], worst[1]);
+        assert_true(worst[0] <= 3.0L && worst[1] <= 3.0L);
+    }
+#endif
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_power_is_within_2_ulp_for_every_exponent),
+        cmocka_unit_test(test_power_is_within_2_ulp_for_any_rho),
+        cmocka_unit_test(test_stages_are_the_power_for_ordinary_y),
+        cmocka_unit_test(test_direction_is_within_3_ulp_and_odd),
+        cmocka_unit_test(test_edge_cases_of_direction),
+        cmocka_unit_test(test_float64_direction_is_within_3_ulp),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

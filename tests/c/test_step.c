@@ -1,0 +1,504 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * test_step.c: the drivers against a plain loop over one element's arithmetic, bit for bit, on the
+ * instruction set that LPSGD_CPU_CAPABILITY names; refused calls; limits of the hyper-parameters.
+ */
+#include "helpers.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+
+#include <cmocka.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { few_awkward = 4, many_awkward = 512 }; /* of 4096 elements */
+
+static const lpsgd_dtype dtypes[] = {LPSGD_FLOAT32, LPSGD_FLOAT64, LPSGD_BFLOAT16, LPSGD_FLOAT16};
+static const lpsgd_hyper usual = {
+    .lr = 0.01, .p = 6.0, .momentum = 0.9, .weight_decay = 0.1, .eps = 1e-8, .pivot = 1.0};
+
+/* The slow driver that judges the fast ones. */
+
+static float load_float(const void *buffer, lpsgd_dtype dtype, int64_t i)
+{
+    if (dtype == LPSGD_FLOAT32)
+        return ((const float *)buffer)[i];
+    const uint16_t half = ((const uint16_t *)buffer)[i];
+    return dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(half) : lpsgd_from_float16(half);
+}
+
+static void store_float(void *buffer, lpsgd_dtype dtype, int64_t i, float x)
+{
+    if (dtype == LPSGD_FLOAT32)
+        ((float *)buffer)[i] = x;
+    else
+        ((uint16_t *)buffer)[i] =
+            dtype == LPSGD_BFLOAT16 ? lpsgd_to_bfloat16(x) : lpsgd_to_float16(x);
+}
+
+static void reference_step(test_list *list, const lpsgd_hyper *hyper, int has_momentum)
+{
+    lpsgd_scalars k;
+    assert_int_equal(lpsgd_fold(hyper, has_momentum, &k), LPSGD_OK);
+    for (const lpsgd_buffer *b = list->buffers; b < list->buffers + list->count; b++)
+        for (int64_t i = 0; i < b->numel; i++)
+            if (list->dtype == LPSGD_FLOAT64) {
+                double *param = b->param, *m = b->momentum_buffer, x = ((const double *)b->grad)[i];
+                if (has_momentum)
+                    m[i] = x = lpsgd_momentum64(m[i], x, &k);
+                param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, k.rule, &k), &k);
+            } else {
+                const float param = load_float(b->param, list->dtype, i);
+                float x = load_float(b->grad, list->dtype, i);
+                if (has_momentum) {
+                    x = lpsgd_momentum(load_float(b->momentum_buffer, list->dtype, i), x, &k);
+                    store_float(b->momentum_buffer, list->dtype, i, x);
+                }
+                const float u = lpsgd_direction(x, k.rule, &k);
+                store_float(b->param, list->dtype, i, lpsgd_apply(param, u, &k));
+            }
+    canonicalize_nan(list);
+}
+
+static void assert_step_is_the_plain_loop(const test_list *start, const lpsgd_hyper *hyper,
+                                          int has_momentum, const int *num_threads, int count)
+{
+    test_list expected = copy_list(start);
+    reference_step(&expected, hyper, has_momentum);
+    for (int t = 0; t < count; t++) {
+        test_list actual = copy_list(start);
+        assert_int_equal(step_list(&actual, hyper, has_momentum, num_threads[t]), LPSGD_OK);
+        canonicalize_nan(&actual);
+        if (!same_list(&actual, &expected))
+            fail_msg("%s%s p=%g eps=%g pivot=%g weight_decay=%g maximize=%d: %d threads differ",
+                     has_momentum ? "LPSGDM " : "LPSGD ", format_of(start->dtype).name, hyper->p,
+                     hyper->eps, hyper->pivot, hyper->weight_decay, hyper->maximize, num_threads[t]);
+        free_list(&actual);
+    }
+    free_list(&expected);
+}
+
+static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
+enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 };
+
+static lpsgd_hyper hyper_number(int i)
+{
+    static const double eps[] = {1e-8, 0.0, 1e30};
+    lpsgd_hyper hyper = usual;
+    hyper.p = norms[i % norm_count];
+    hyper.eps = eps[i / norm_count % 3];
+    hyper.pivot = i / norm_count / 3 % 2 ? 1e-3 : 1.0;
+    hyper.weight_decay = i / norm_count / 6 % 2 ? 0.1 : 0.0;
+    hyper.maximize = i / norm_count / 12 % 2;
+    return hyper;
+}
+
+static void test_step_is_the_plain_loop_for_all_hyper_parameters_and_sizes(void **state)
+{
+    (void)state;
+    static const int64_t around_blocks[] = {511, 512, 513, 1023, 1024, 1025, 1600};
+    enum { small = 71, count = small + 7 };
+    int64_t numel[count];
+    for (int i = 0; i < count; i++)
+        numel[i] = i < small ? i : around_blocks[i - small];
+    const int one = 1;
+    for (int d = 0; d < 4; d++)
+        for (int awkward = 0; awkward < 3; awkward++) {
+            static const unsigned of_4096[] = {0, few_awkward, many_awkward};
+            test_list start = make_list(dtypes[d], numel, count, of_4096[awkward], 1);
+            for (int i = 0; i < hyper_count; i++) {
+                const lpsgd_hyper hyper = hyper_number(i);
+                assert_step_is_the_plain_loop(&start, &hyper, 0, &one, 1);
+                assert_step_is_the_plain_loop(&start, &hyper, 1, &one, 1);
+            }
+            free_list(&start);
+        }
+}
+
+static void test_step_is_the_plain_loop_for_every_number_of_threads(void **state)
+{
+    (void)state;
+    static const int num_threads[] = {1, 2, 3, 7, 0};
+    static const double some_norms[] = {2.0, 6.0, INFINITY};
+    /* Two shares of useful_threads() for float64 and for the rest, three and seven of them. */
+    static const int64_t totals[] = {2047, 2048, 7169, 32767, 32769, 49153, 114689};
+    for (int d = 0; d < 4; d++)
+        for (int n = 0; n < 7; n++) {
+            const int64_t a_third = totals[n] / 3, numel[] = {a_third, 0, 1, totals[n] - a_third - 1};
+            test_list start = make_list(dtypes[d], numel, 4, few_awkward, 2);
+            lpsgd_hyper hyper = usual;
+            hyper.p = some_norms[n % 3];
+            assert_step_is_the_plain_loop(&start, &hyper, n % 2, num_threads, 5);
+            hyper.p = 3.0;
+            assert_step_is_the_plain_loop(&start, &hyper, 1, num_threads, 5);
+            free_list(&start);
+        }
+}
+
+static void test_step_is_the_plain_loop_for_many_small_buffers(void **state)
+{
+    (void)state;
+    static const int num_threads[] = {1, 7};
+    enum { count = 4000 };
+    static int64_t numel[count];
+    uint64_t random = 3;
+    for (int i = 0; i < count; i++)
+        numel[i] = (int64_t)(next_random(&random) % 41);
+    for (int d = 0; d < 4; d++) {
+        test_list start = make_list(dtypes[d], numel, count, few_awkward, 3);
+        assert_step_is_the_plain_loop(&start, &usual, 1, num_threads, 2);
+        free_list(&start);
+    }
+}
+
+/* Limits. */
+
+static const int64_t some_sizes[] = {700, 1, 33};
+
+static void test_lpsgdm_without_momentum_and_decay_is_lpsgd(void **state)
+{
+    (void)state;
+    for (int d = 0; d < 4; d++)
+        for (int n = 0; n < norm_count; n++) {
+            lpsgd_hyper hyper = usual;
+            hyper.p = norms[n];
+            hyper.momentum = hyper.weight_decay = 0.0;
+            test_list a = make_list(dtypes[d], some_sizes, 3, 0, 4), b = copy_list(&a);
+            assert_int_equal(step_list(&a, &hyper, 0, 1), LPSGD_OK);
+            assert_int_equal(step_list(&b, &hyper, 1, 1), LPSGD_OK);
+            for (int i = 0; i < 3; i++)
+                memcpy(a.buffers[i].momentum_buffer, b.buffers[i].momentum_buffer,
+                       (size_t)(some_sizes[i] * format_of(dtypes[d]).size));
+            assert_true(same_list(&a, &b));
+            free_list(&a);
+            free_list(&b);
+        }
+}
+
+static void test_p2_is_gradient_descent_bitwise(void **state)
+{
+    (void)state;
+    lpsgd_hyper hyper = usual;
+    hyper.p = 2.0;
+    hyper.weight_decay = 0.0;
+    test_list a = make_list(LPSGD_FLOAT32, some_sizes, 3, many_awkward, 5), b = copy_list(&a);
+    for (int i = 0; i < 3; i++)
+        for (int64_t j = 0; j < some_sizes[i]; j++) {
+            float *param = a.buffers[i].param;
+            const float *grad = a.buffers[i].grad;
+            param[j] = fmaf((float)-hyper.lr, grad[j], param[j]);
+        }
+    assert_int_equal(step_list(&b, &hyper, 0, 1), LPSGD_OK);
+    canonicalize_nan(&a);
+    canonicalize_nan(&b);
+    assert_true(same_list(&a, &b));
+    free_list(&a);
+    free_list(&b);
+}
+
+static void test_maximize_is_the_negated_gradient(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 2 * 4 * norm_count; i++) {
+        const int has_momentum = i % 2;
+        const float_format f = format_of(dtypes[i / 2 % 4]);
+        lpsgd_hyper hyper = usual;
+        hyper.p = norms[i / 8];
+        test_list ascent = make_list(dtypes[i / 2 % 4], some_sizes, 3, many_awkward, 6);
+        test_list descent = copy_list(&ascent);
+        assert_int_equal(step_list(&descent, &hyper, has_momentum, 1), LPSGD_OK);
+        for (int b = 0; b < 3; b++)
+            for (int64_t j = 0; j < some_sizes[b]; j++) {
+                void *grad = same_place(&ascent, &ascent, ascent.buffers[b].grad);
+                const uint64_t sign = UINT64_C(1) << (8 * f.size - 1);
+                store_bits(grad, f, j, load_bits(grad, f, j) ^ sign);
+            }
+        hyper.maximize = 1;
+        assert_int_equal(step_list(&ascent, &hyper, has_momentum, 1), LPSGD_OK);
+        canonicalize_nan(&ascent);
+        canonicalize_nan(&descent);
+        for (int b = 0; b < 3; b++) {
+            const lpsgd_buffer *x = &ascent.buffers[b], *y = &descent.buffers[b];
+            const size_t bytes = (size_t)(some_sizes[b] * f.size);
+            assert_memory_equal(x->param, y->param, bytes);
+            assert_memory_equal(x->momentum_buffer, y->momentum_buffer, bytes);
+        }
+        free_list(&ascent);
+        free_list(&descent);
+    }
+}
+
+/* Refused calls. */
+
+typedef struct call {
+    test_list list;
+    lpsgd_hyper hyper;
+    lpsgd_dtype dtype;
+} call;
+
+static call good_call(void)
+{
+    const call c = {make_list(LPSGD_FLOAT32, some_sizes, 3, 0, 7), usual, LPSGD_FLOAT32};
+    return c;
+}
+
+/* Makes the call, which must answer `status` and, unless that is LPSGD_OK, leave all bytes alone. */
+static void assert_answer(const call *c, int has_momentum, lpsgd_status status)
+{
+    test_list before = copy_list(&c->list);
+    const lpsgd_status answer = (has_momentum ? lpsgdm_step : lpsgd_step)(
+        c->list.buffers, c->list.count, c->dtype, &c->hyper, 1);
+    assert_string_equal(lpsgd_status_text(answer), lpsgd_status_text(status));
+    assert_int_equal(same_list(&c->list, &before), status != LPSGD_OK);
+    free_list(&before);
+}
+
+/* The statuses in the order in which a step checks, which is the order of lpsgd_status. The last
+ * buffer is the bad one: those before it must stay untouched too. */
+static void spoil(call *c, lpsgd_status with)
+{
+    lpsgd_buffer *last = &c->list.buffers[c->list.count - 1];
+    switch (with) {
+    case LPSGD_OK:
+        break;
+    case LPSGD_ERROR_LR:
+        c->hyper.lr = -1e-9;
+        break;
+    case LPSGD_ERROR_P:
+        c->hyper.p = 1.999;
+        break;
+    case LPSGD_ERROR_MOMENTUM:
+        c->hyper.momentum = 1.0;
+        break;
+    case LPSGD_ERROR_WEIGHT_DECAY:
+        c->hyper.weight_decay = -1e-9;
+        break;
+    case LPSGD_ERROR_EPS:
+        c->hyper.eps = -1e-9;
+        break;
+    case LPSGD_ERROR_PIVOT:
+        c->hyper.pivot = 0.0;
+        break;
+    case LPSGD_ERROR_DTYPE:
+        c->dtype = (lpsgd_dtype)4;
+        break;
+    case LPSGD_ERROR_NUMEL:
+        last->numel = -1;
+        break;
+    case LPSGD_ERROR_NULL:
+        last->param = NULL;
+        break;
+    case LPSGD_ERROR_ALIGNMENT:
+        last->grad = (const char *)last->grad + 2;
+        break;
+    }
+}
+
+static void test_a_refused_step_names_the_first_error_and_writes_nothing(void **state)
+{
+    (void)state;
+    for (int first = LPSGD_OK; first <= LPSGD_ERROR_ALIGNMENT; first++)
+        for (int second = first; second <= LPSGD_ERROR_ALIGNMENT; second++)
+            for (int has_momentum = 0; has_momentum < 2; has_momentum++) {
+                call c = good_call();
+                spoil(&c, (lpsgd_status)first);
+                if (second != first)
+                    spoil(&c, (lpsgd_status)second);
+                int expected = first ? first : second;
+                if (expected == LPSGD_ERROR_MOMENTUM && !has_momentum) /* not read */
+                    expected = second == LPSGD_ERROR_MOMENTUM ? LPSGD_OK : second;
+                assert_answer(&c, has_momentum, (lpsgd_status)expected);
+                if (expected < LPSGD_ERROR_DTYPE && has_momentum)
+                    assert_int_equal(lpsgd_check_hyper(&c.hyper), expected);
+                free_list(&c.list);
+            }
+}
+
+static void test_every_value_outside_a_range_is_refused(void **state)
+{
+    (void)state;
+    static const struct {
+        size_t offset;
+        lpsgd_status status;
+        double bad[4];
+    } ranges[] = {
+        {offsetof(lpsgd_hyper, lr), LPSGD_ERROR_LR, {NAN, -INFINITY, -1e-300, -1.0}},
+        {offsetof(lpsgd_hyper, p), LPSGD_ERROR_P, {NAN, -INFINITY, 0x1.fffffffffffffp0, 0.0}},
+        {offsetof(lpsgd_hyper, momentum), LPSGD_ERROR_MOMENTUM, {NAN, INFINITY, 1.0, -1e-300}},
+        {offsetof(lpsgd_hyper, weight_decay), LPSGD_ERROR_WEIGHT_DECAY, {NAN, -INFINITY, -1e-300, -1.0}},
+        {offsetof(lpsgd_hyper, eps), LPSGD_ERROR_EPS, {NAN, -INFINITY, -1e-300, -1.0}},
+        {offsetof(lpsgd_hyper, pivot), LPSGD_ERROR_PIVOT, {NAN, INFINITY, 0.0, -1.0}},
+    };
+    call c = good_call();
+    for (int r = 0; r < 6; r++)
+        for (int i = 0; i < 4; i++) {
+            c.hyper = usual;
+            memcpy((char *)&c.hyper + ranges[r].offset, &ranges[r].bad[i], sizeof(double));
+            assert_answer(&c, 1, ranges[r].status);
+            assert_answer(&c, 0, r == 2 ? LPSGD_OK : ranges[r].status);
+        }
+    free_list(&c.list);
+}
+
+static void test_lists_that_are_no_lists_are_refused(void **state)
+{
+    (void)state;
+    call c = good_call();
+    c.list.count = -1;
+    assert_int_equal(step_list(&c.list, &usual, 1, 1), LPSGD_ERROR_NUMEL);
+    assert_int_equal(lpsgdm_step(NULL, 1, LPSGD_FLOAT32, &usual, 1), LPSGD_ERROR_NULL);
+    assert_int_equal(lpsgdm_step(NULL, 0, LPSGD_FLOAT32, &usual, 1), LPSGD_OK);
+    assert_int_equal(lpsgdm_step(NULL, 0, (lpsgd_dtype)-1, &usual, 1), LPSGD_ERROR_DTYPE);
+    c.list.count = 3;
+    c.list.buffers[0].numel = INT64_MAX / 4 - 33; /* the sum with the last is one too many */
+    c.list.buffers[1].numel = 1;
+    assert_answer(&c, 1, LPSGD_ERROR_NUMEL);
+    free_list(&c.list);
+}
+
+static void test_pointers_that_are_not_looked_at_may_be_anything(void **state)
+{
+    (void)state;
+    call c = good_call();
+    const lpsgd_buffer good = c.list.buffers[0], empty = {NULL, (char *)good.param + 1, NULL, 0};
+    c.list.buffers[2] = empty;
+    lpsgd_buffer *b = c.list.buffers;
+    b[0].momentum_buffer = NULL;
+    assert_int_equal(step_list(&c.list, &usual, 0, 1), LPSGD_OK);
+    assert_int_equal(step_list(&c.list, &usual, 1, 1), LPSGD_ERROR_NULL);
+    b[0].momentum_buffer = (char *)good.momentum_buffer + 1;
+    assert_int_equal(step_list(&c.list, &usual, 0, 1), LPSGD_OK);
+    assert_int_equal(step_list(&c.list, &usual, 1, 1), LPSGD_ERROR_ALIGNMENT);
+    b[0] = good;
+    assert_int_equal(step_list(&c.list, &usual, 1, 1), LPSGD_OK);
+    free_list(&c.list);
+}
+
+static void test_status_texts_name_the_argument(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"no error", "lr",    "p ",      "momentum",
+                                        "weight_decay", "eps", "pivot", "dtype",
+                                        "numel", "NULL", "aligned", "unknown"};
+    for (int status = LPSGD_OK; status <= LPSGD_ERROR_ALIGNMENT + 1; status++)
+        assert_non_null(strstr(lpsgd_status_text((lpsgd_status)status), names[status]));
+    assert_non_null(strstr(lpsgd_status_text((lpsgd_status)-1), "unknown"));
+}
+
+/* The process: instruction sets and forks. */
+
+static const char *const capabilities[] = {"default", "avx2", "avx512"};
+
+static int best_capability(void)
+{
+#ifdef __x86_64__
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl")
+               ? 2
+               : 1;
+#else
+    return 0;
+#endif
+}
+
+/* What LPSGD_CPU_CAPABILITY = name (or NULL: unset) must give on this CPU. */
+static const char *expected_capability(const char *name)
+{
+    int limit = 2;
+    for (int i = 0; i < 2; i++)
+        if (name && strcmp(name, capabilities[i]) == 0)
+            limit = i;
+    return capabilities[limit < best_capability() ? limit : best_capability()];
+}
+
+/* Runs body(argument) in a forked child that is killed after 20 s; answers whether it returned 1. */
+static int holds_in_child(int (*body)(const void *), const void *argument)
+{
+    fflush(NULL);
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        alarm(20);
+        _exit(body(argument) == 1 ? 0 : 1);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+static int gives_expected_capability(const void *name)
+{
+    if (name)
+        setenv("LPSGD_CPU_CAPABILITY", name, 1);
+    else
+        unsetenv("LPSGD_CPU_CAPABILITY");
+    const int right = strcmp(lpsgd_cpu_capability(), expected_capability(name)) == 0;
+    setenv("LPSGD_CPU_CAPABILITY", "default", 1); /* too late to matter */
+    return right && strcmp(lpsgd_cpu_capability(), expected_capability(name)) == 0;
+}
+
+static void test_capability_is_the_best_unless_the_environment_names_a_lower(void **state)
+{
+    (void)state;
+    static const char *const names[] = {NULL, "default", "avx2", "avx512", "avx1024", "AVX2", ""};
+    for (int i = 0; i < 7; i++)
+        assert_true(holds_in_child(gives_expected_capability, names[i]));
+    const char *asked = getenv("LPSGD_CPU_CAPABILITY");
+    assert_string_equal(lpsgd_cpu_capability(), expected_capability(asked));
+    print_message("capability: %s, OpenMP: %d\n", lpsgd_cpu_capability(), lpsgd_has_openmp());
+}
+
+typedef struct fork_case {
+    const test_list *start, *expected;
+} fork_case;
+
+static int child_steps_to_the_same_bits(const void *argument)
+{
+    const fork_case *c = argument;
+    test_list list = copy_list(c->start);
+    return step_list(&list, &usual, 1, 2) == LPSGD_OK && same_list(&list, c->expected);
+}
+
+static void test_a_forked_child_steps_after_a_parallel_step_of_its_parent(void **state)
+{
+    (void)state;
+    const int64_t numel = 40000;
+    test_list start = make_list(LPSGD_FLOAT32, &numel, 1, 0, 8), expected = copy_list(&start);
+    assert_int_equal(step_list(&expected, &usual, 1, 2), LPSGD_OK);
+    const fork_case c = {&start, &expected};
+    assert_true(holds_in_child(child_steps_to_the_same_bits, &c));
+    free_list(&start);
+    free_list(&expected);
+}
+
+int main(void)
+{
+    const char *asked = getenv("LPSGD_CPU_CAPABILITY");
+    for (int i = best_capability() + 1; i < 3; i++)
+        if (asked && strcmp(asked, capabilities[i]) == 0) {
+            printf("SKIPPED: test_step for %s, which this CPU does not have\n", asked);
+            return 0;
+        }
+    const struct CMUnitTest tests[] = {
+        /* First, because the choice is made once in a process and children inherit it. */
+        cmocka_unit_test(test_capability_is_the_best_unless_the_environment_names_a_lower),
+        cmocka_unit_test(test_step_is_the_plain_loop_for_all_hyper_parameters_and_sizes),
+        cmocka_unit_test(test_step_is_the_plain_loop_for_every_number_of_threads),
+        cmocka_unit_test(test_step_is_the_plain_loop_for_many_small_buffers),
+        cmocka_unit_test(test_lpsgdm_without_momentum_and_decay_is_lpsgd),
+        cmocka_unit_test(test_p2_is_gradient_descent_bitwise),
+        cmocka_unit_test(test_maximize_is_the_negated_gradient),
+        cmocka_unit_test(test_a_refused_step_names_the_first_error_and_writes_nothing),
+        cmocka_unit_test(test_every_value_outside_a_range_is_refused),
+        cmocka_unit_test(test_lists_that_are_no_lists_are_refused),
+        cmocka_unit_test(test_pointers_that_are_not_looked_at_may_be_anything),
+        cmocka_unit_test(test_status_texts_name_the_argument),
+        cmocka_unit_test(test_a_forked_child_steps_after_a_parallel_step_of_its_parent),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""Runs the tests of csrc alone, which are C programs (tests/c)."""
+
+import os
+import subprocess
+
+import pytest
+from helpers import ROOT, tool
+
+NEEDS = {
+    "check": ["cc", "pkg-config"],
+    "check-sanitize": ["gcc"],
+    "check-example": ["cc", "pkg-config"],
+    "check-old-cpu": ["gcc", "qemu-x86_64"],
+    "check-aarch64": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+}
+
+
+def make(target, *variables):
+    command = ["make", "--no-print-directory", "-C", ROOT / "tests" / "c", target, *variables]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def has_cmocka():
+    code = "#include <stdarg.h>\n#include <stddef.h>\n#include <setjmp.h>\n#include <stdint.h>\n"
+    compiler = subprocess.run(
+        [os.environ.get("CC", "cc"), "-fsyntax-only", "-xc", "-"],
+        input=code + "#include <cmocka.h>\n",
+        text=True,
+        capture_output=True,
+    )
+    return compiler.returncode == 0
+
+
+@pytest.mark.parametrize("target", NEEDS)
+def test_c(target):
+    for name in NEEDS[target]:
+        tool(name)
+    if target in ("check", "check-sanitize") and not has_cmocka():
+        pytest.skip("cmocka is not installed")
+    make(target)
+
+
+def test_c_with_clang():
+    if not has_cmocka():
+        pytest.skip("cmocka is not installed")
+    make("check", f"CC={tool('clang')}")
