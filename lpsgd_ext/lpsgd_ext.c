@@ -105,7 +105,7 @@ static int bump_versions(const torch_api *torch, const tensor_lists *lists)
 }
 
 /* The step of both functions: validate everything, then mutate. */
-static PyObject *step(const torch_api *torch, tensor_lists *lists, PyObject *const *sequences,
+static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *sequences,
                       const lpsgd_hyper *hyper)
 {
     const int has_momentum = lists->count > 2;
@@ -366,6 +366,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 static int module_clear(PyObject *module)
 {
     torch_api *torch = state_of(module);
+    torch_api_forget(torch);
     Py_CLEAR(torch->tensor_type);
     Py_CLEAR(torch->parameter_type);
     Py_CLEAR(torch->is_neg);

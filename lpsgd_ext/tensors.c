@@ -191,8 +191,21 @@ static int check_not_negated(const torch_api *torch, const place *at, PyObject *
     return 0;
 }
 
+/* What was found of a tensor when it was checked. The object is compared, never looked into. */
+typedef struct known_tensor {
+    const PyObject *tensor;
+    const void *data;
+    uintptr_t bytes;
+} known_tensor;
+
+/* Reads one tensor into `out` and checks it. The two checks that cost a call of a Python method are
+ * left out for the very object that passed them in the call before and has had the same memory ever
+ * since: a storage that shrinks moves. (One that is resized twice may move back; PyTorch's own
+ * operations do not notice any resize.) Single elements are always asked for their negative bit,
+ * since autograd makes such gradients. Sets *changed and *known if the tensor is another one. */
 static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor,
-                       lpsgd_dl_tensor *out, lpsgd_dtype *dtype, int64_t *numel)
+                       lpsgd_dl_tensor *out, lpsgd_dtype *dtype, int64_t *numel,
+                       known_tensor *known, int *changed)
 {
     int64_t itemsize;
     if (check_type(torch, at, tensor))
@@ -226,18 +239,26 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
     if (*numel < 0)
         return refuse(at, PyExc_ValueError,
                       "is not dense: its elements overlap or leave gaps in memory");
-    if (*numel == 0)
-        return 0;
-    if (check_not_negated(torch, at, tensor) ||
-        check_storage(torch, at, tensor, *numel, itemsize))
+    out->data = *numel && out->data ? (char *)out->data + out->byte_offset : NULL;
+    const known_tensor found = {tensor, out->data, (uintptr_t)(*numel * itemsize)};
+    const int same = known->tensor == found.tensor && known->data == found.data &&
+                     known->bytes == found.bytes;
+    if (*numel && (!same || *numel == 1) && check_not_negated(torch, at, tensor))
         return -1;
-    out->data = (char *)out->data + out->byte_offset;
-    if (!out->data)
-        return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
-    if ((uintptr_t)out->data % (uintptr_t)itemsize)
-        return refuse(at, PyExc_ValueError, "is not aligned to its element size");
-    if ((uintptr_t)out->data > UINTPTR_MAX - (uintptr_t)(*numel * itemsize))
-        return refuse(at, PyExc_RuntimeError, "has memory that ends beyond the address space");
+    if (*numel && !same) {
+        if (check_storage(torch, at, tensor, *numel, itemsize))
+            return -1;
+        if (!found.data)
+            return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
+        if ((uintptr_t)found.data % (uintptr_t)itemsize)
+            return refuse(at, PyExc_ValueError, "is not aligned to its element size");
+        if ((uintptr_t)found.data > UINTPTR_MAX - found.bytes)
+            return refuse(at, PyExc_RuntimeError, "has memory that ends beyond the address space");
+    }
+    if (!same) {
+        *known = found;
+        *changed = 1;
+    }
     return 0;
 }
 
@@ -270,39 +291,130 @@ static int compare_spans(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Sorts the spans and refuses the first overlap that involves a written one: with the spans in
- * order, only the span seen so far that reaches furthest, of all and of the written, can reach into
- * the next. */
-static int check_overlaps(const tensor_lists *lists, span *spans, size_t count)
+/* What the checks found of the lists that start with `first`, so that the next call need not find it
+ * again: every tensor, and the written memory in order of address. */
+typedef struct checked_lists {
+    const PyObject *first; /* compared, never looked into */
+    Py_ssize_t n;
+    int count;
+    int complete; /* `written` is that of `known`, and free of overlaps */
+    known_tensor *known; /* n rows of `count` */
+    span *written;
+    size_t written_count;
+} checked_lists;
+
+static void forget(checked_lists *checked)
 {
-    const span *furthest = NULL, *furthest_written = NULL;
-    for (size_t i = 1; i < count; i++)
-        if (spans[i].low < spans[i - 1].low) {
-            qsort(spans, count, sizeof *spans, compare_spans);
-            break;
-        }
-    for (const span *s = spans; s < spans + count; s++) {
-        const int written = lists->written[s->list];
-        const span *reaching = written ? furthest : furthest_written;
-        if (reaching && reaching->high > s->low) {
-            PyErr_Format(PyExc_ValueError,
-                         "%s(): %s[%zd] and %s[%zd] share memory that the step writes to",
-                         lists->function, lists->name[reaching->list], reaching->index,
-                         lists->name[s->list], s->index);
-            return -1;
-        }
-        if (!furthest || s->high > furthest->high)
-            furthest = s;
-        if (written && (!furthest_written || s->high > furthest_written->high))
-            furthest_written = s;
+    if (checked) {
+        PyMem_Free(checked->known);
+        PyMem_Free(checked->written);
+        PyMem_Free(checked);
     }
+}
+
+void torch_api_forget(torch_api *torch)
+{
+    for (int i = 0; i < RECENT_COUNT; i++) {
+        forget(torch->recent[i]);
+        torch->recent[i] = NULL;
+    }
+}
+
+/* Takes what is known of these lists out of the module's state, so that no other thread, which may
+ * run while a check calls Python, uses it meanwhile; or starts from nothing. NULL: no memory. */
+static checked_lists *take(torch_api *torch, const tensor_lists *lists, Py_ssize_t n)
+{
+    const PyObject *first = PyTuple_GetItem(lists->tuple[0], 0);
+    for (int i = 0; i < RECENT_COUNT; i++) {
+        checked_lists *checked = torch->recent[i];
+        if (checked && checked->first == first && checked->n == n &&
+            checked->count == lists->count) {
+            torch->recent[i] = NULL;
+            return checked;
+        }
+    }
+    checked_lists *checked = PyMem_Calloc(1, sizeof *checked);
+    if (!checked)
+        return NULL;
+    checked->first = first;
+    checked->n = n;
+    checked->count = lists->count;
+    checked->known = PyMem_Calloc((size_t)n, (size_t)lists->count * sizeof *checked->known);
+    checked->written = PyMem_Calloc((size_t)n, (size_t)lists->count * sizeof *checked->written);
+    if (!checked->known || !checked->written) {
+        forget(checked);
+        return NULL;
+    }
+    return checked;
+}
+
+/* Puts it in front; the one that has waited longest is forgotten if there is no room. */
+static void put_back(torch_api *torch, checked_lists *checked)
+{
+    int i = 0;
+    while (i < RECENT_COUNT - 1 && torch->recent[i])
+        i++;
+    forget(torch->recent[i]);
+    for (; i > 0; i--)
+        torch->recent[i] = torch->recent[i - 1];
+    torch->recent[0] = checked;
+}
+
+static int refuse_overlap(const tensor_lists *lists, const span *a, const span *b)
+{
+    PyErr_Format(PyExc_ValueError, "%s(): %s[%zd] and %s[%zd] share memory that the step writes to",
+                 lists->function, lists->name[a->list], a->index, lists->name[b->list], b->index);
+    return -1;
+}
+
+/* Fills `written` from `known` and refuses overlaps within it. */
+static int check_written(const tensor_lists *lists, checked_lists *checked)
+{
+    span *written = checked->written;
+    size_t count = 0;
+    for (Py_ssize_t i = 0; i < checked->n; i++)
+        for (int j = 0; j < checked->count; j++) {
+            const known_tensor *known = &checked->known[i * checked->count + j];
+            const uintptr_t low = (uintptr_t)known->data;
+            if (lists->written[j] && known->bytes)
+                written[count++] = (span){low, low + known->bytes, j, i};
+        }
+    qsort(written, count, sizeof *written, compare_spans);
+    for (size_t i = 1; i < count; i++)
+        if (written[i - 1].high > written[i].low)
+            return refuse_overlap(lists, &written[i - 1], &written[i]);
+    checked->written_count = count;
+    checked->complete = 1;
     return 0;
 }
 
-int tensor_lists_read(const torch_api *torch, const tensor_lists *lists, buffer_lists *buffers)
+/* Refuses a tensor that is only read but overlaps with a written one. */
+static int check_read(const tensor_lists *lists, const checked_lists *checked)
+{
+    for (Py_ssize_t i = 0; i < checked->n; i++)
+        for (int j = 0; j < checked->count; j++) {
+            const known_tensor *known = &checked->known[i * checked->count + j];
+            if (lists->written[j] || !known->bytes)
+                continue;
+            const span read = {(uintptr_t)known->data, (uintptr_t)known->data + known->bytes, j, i};
+            /* The first written span that ends behind the start of this one. */
+            size_t from = 0, to = checked->written_count;
+            while (from < to) {
+                const size_t middle = from + (to - from) / 2;
+                if (checked->written[middle].high > read.low)
+                    to = middle;
+                else
+                    from = middle + 1;
+            }
+            if (from < checked->written_count && checked->written[from].low < read.high)
+                return refuse_overlap(lists, &checked->written[from], &read);
+        }
+    return 0;
+}
+
+static int check_lengths(const tensor_lists *lists)
 {
     const Py_ssize_t n = PyTuple_Size(lists->tuple[0]);
-    memset(buffers, 0, sizeof *buffers);
     for (int j = 1; j < lists->count; j++)
         if (PyTuple_Size(lists->tuple[j]) != n) {
             PyErr_Format(PyExc_ValueError,
@@ -311,20 +423,31 @@ int tensor_lists_read(const torch_api *torch, const tensor_lists *lists, buffer_
                          lists->function, n, PyTuple_Size(lists->tuple[j]), lists->name[j]);
             return -1;
         }
+    return 0;
+}
+
+int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists *buffers)
+{
+    const Py_ssize_t n = PyTuple_Size(lists->tuple[0]);
+    memset(buffers, 0, sizeof *buffers);
+    if (check_lengths(lists))
+        return -1;
     if (n == 0)
         return 0;
-    size_t span_count = 0;
-    int result = -1;
-    span *spans = PyMem_Calloc((size_t)n, MAX_LISTS * sizeof *spans);
+    checked_lists *checked = take(torch, lists, n);
     lpsgd_buffer *memory = PyMem_Calloc((size_t)n, DTYPE_COUNT * sizeof *memory);
     buffers->memory = memory;
-    if (!spans || !memory) {
+    int result = -1;
+    if (!checked || !memory) {
         PyErr_NoMemory();
         goto done;
     }
     for (int d = 0; d < DTYPE_COUNT; d++)
         buffers->of_dtype[d] = memory + d * n;
 
+    const int complete = checked->complete;
+    int written_changed = 0;
+    checked->complete = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
         lpsgd_dl_tensor tensor[MAX_LISTS];
         lpsgd_dtype dtype = LPSGD_FLOAT32;
@@ -332,26 +455,28 @@ int tensor_lists_read(const torch_api *torch, const tensor_lists *lists, buffer_
         for (int j = 0; j < lists->count; j++) {
             const place at = {lists->function, lists->name[j], i};
             PyObject *object = PyTuple_GetItem(lists->tuple[j], i);
-            if (!object || read_tensor(torch, &at, object, &tensor[j], &dtype, &numel) ||
+            int changed = 0;
+            if (!object ||
+                read_tensor(torch, &at, object, &tensor[j], &dtype, &numel,
+                            &checked->known[i * lists->count + j], &changed) ||
                 (j > 0 && check_match(&at, &tensor[0], &tensor[j])))
                 goto done;
+            written_changed |= changed && lists->written[j];
         }
-        if (numel == 0)
-            continue;
-        const uintptr_t bytes = (uintptr_t)numel * (tensor[0].dtype.bits / 8);
-        for (int j = 0; j < lists->count; j++) {
-            const uintptr_t low = (uintptr_t)tensor[j].data;
-            spans[span_count++] = (span){low, low + bytes, j, i};
-        }
-        buffers->of_dtype[dtype][buffers->count[dtype]++] = (lpsgd_buffer){
-            .param = tensor[0].data,
-            .grad = tensor[1].data,
-            .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
-            .numel = numel,
-        };
+        if (numel)
+            buffers->of_dtype[dtype][buffers->count[dtype]++] = (lpsgd_buffer){
+                .param = tensor[0].data,
+                .grad = tensor[1].data,
+                .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
+                .numel = numel,
+            };
     }
-    result = check_overlaps(lists, spans, span_count);
+    checked->complete = complete && !written_changed;
+    if (!checked->complete && check_written(lists, checked))
+        goto done;
+    result = check_read(lists, checked);
 done:
-    PyMem_Free(spans);
+    if (checked)
+        put_back(torch, checked);
     return result;
 }

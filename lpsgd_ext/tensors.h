@@ -11,15 +11,16 @@
 #include "dlpack_abi.h"
 #include "lpsgd.h"
 
-/* What the module keeps of PyTorch; one per module object. */
+enum { DTYPE_COUNT = 4, MAX_LISTS = 3, RECENT_COUNT = 8 };
+
+/* What the module keeps of PyTorch, and of the calls before; one per module object. */
 typedef struct torch_api {
     PyObject *tensor_type, *parameter_type;
     PyObject *is_neg, *untyped_storage, *storage_offset; /* methods of torch.Tensor */
     PyObject *increment_version, *get_num_threads;
     const lpsgd_dl_api *dlpack;
+    struct checked_lists *recent[RECENT_COUNT]; /* NULL where free */
 } torch_api;
-
-enum { DTYPE_COUNT = 4, MAX_LISTS = 3 };
 
 /* Parallel tuples of tensors, params first; `written` says which a step writes to. Owns
  * references, so that tensors outlive a step although other threads may change the lists. */
@@ -41,8 +42,11 @@ typedef struct buffer_lists {
 /* Imports torch and fills `torch`. Returns 0, or -1 with an exception. */
 int torch_api_load(torch_api *torch);
 
+/* Forgets the calls before. */
+void torch_api_forget(torch_api *torch);
+
 /* Checks everything there is to check about the tensors and fills `buffers`. Writes to no tensor.
  * Returns 0, or -1 with an exception that names the argument and the index. */
-int tensor_lists_read(const torch_api *torch, const tensor_lists *lists, buffer_lists *buffers);
+int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists *buffers);
 
 #endif

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The classes: bookkeeping in torch.optim's style around the steps of lpsgd_ext and _eager."""
 
+from collections import deque
 from collections.abc import Callable
 from itertools import groupby
 from typing import Any, overload
@@ -12,6 +13,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 import lpsgd_ext
 
 from . import _eager
+
+_States = deque[tuple[Tensor, dict[str, Any]]]
 
 _NATIVE_TYPES = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -132,8 +135,11 @@ class _LPOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    def _gather(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        """The parameters that have a gradient, their gradients and what the state holds."""
+    def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
+        """The parameters that have a gradient, their gradients and what the state holds.
+
+        `known` has the states that no earlier group of this step took, in their order.
+        """
         raise NotImplementedError
 
     def _native_step(self, lists: list[list[Tensor]], values: dict[str, Any]) -> None:
@@ -156,8 +162,9 @@ class _LPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        known: _States = deque(self.state.items())
         for group in self.param_groups:
-            lists = self._gather(group)
+            lists = self._gather(group, known)
             if lists[0]:
                 self._step_group(group, lists)
         return loss
@@ -262,7 +269,7 @@ class LPSGD(_LPOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _gather(self, group: dict[str, Any]) -> list[list[Tensor]]:
+    def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
         params = [param for param in group["params"] if param.grad is not None]
         return [params, [param.grad for param in params]]
 
@@ -332,21 +339,26 @@ class LPSGDM(_LPOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _gather(self, group: dict[str, Any]) -> list[list[Tensor]]:
+    def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
         params, grads, momentum_buffers = [], [], []
-        all_state = self.state
         for param in group["params"]:
             grad = param.grad
+            # A look-up calls Tensor.__hash__, which is slow; most states come in order.
+            if known and known[0][0] is param:
+                state = known.popleft()[1]
+            elif grad is None:
+                continue
+            else:
+                state = self.state[param]
             if grad is None:
                 continue
-            state = all_state[param]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(
-                    param, memory_format=torch.preserve_format
-                )
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                buffer = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state["momentum_buffer"] = buffer
             params.append(param)
             grads.append(grad)
-            momentum_buffers.append(state["momentum_buffer"])
+            momentum_buffers.append(buffer)
         return [params, grads, momentum_buffers]
 
     def _native_step(self, lists: list[list[Tensor]], values: dict[str, Any]) -> None:
