@@ -19,11 +19,6 @@ enum { block = 512, chunk = 64, cache_line = 64 };
 
 #define LPSGD_SCRATCH __attribute__((aligned(64)))
 
-LPSGD_INLINE int min_int(int a, int b)
-{
-    return a < b ? a : b;
-}
-
 LPSGD_INLINE void prefetch(const float *next, int write)
 {
     for (int i = 0; i < chunk; i += cache_line / (int)sizeof *next)
@@ -44,6 +39,21 @@ LPSGD_INLINE void step_block_plain(float *restrict param, const float *restrict 
             momentum_buffer[i] = x = lpsgd_momentum(momentum_buffer[i], x, k);
         param[i] = lpsgd_apply(param[i], lpsgd_direction(x, rule, k), k);
     }
+}
+
+/* Stages 2 and 3 of a chunk. Called with a constant n wherever possible, for straight loops. */
+LPSGD_INLINE void log2_stage(float *restrict z, const float *restrict e23, uint32_t *restrict n23,
+                             int n, const lpsgd_scalars *k)
+{
+    for (int i = 0; i < n; i++)
+        n23[i] = lpsgd_log2(z[i], e23[i], k, &z[i]);
+}
+
+LPSGD_INLINE void exp2_stage(float *restrict param, const float *restrict x, const float *restrict f,
+                             const uint32_t *restrict n23, int n, const lpsgd_scalars *k)
+{
+    for (int i = 0; i < n; i++)
+        param[i] = lpsgd_apply(param[i], x[i] * lpsgd_exp2(f[i], n23[i]), k);
 }
 
 /* The power in three stages. They equal lpsgd_direction bit for bit for ordinary elements, and leave
@@ -71,18 +81,20 @@ LPSGD_INLINE void step_block_power(float *restrict param, const float *restrict 
         return;
     }
     for (int start = 0; start < n; start += chunk) {
-        const int stop = min_int(start + chunk, n);
         prefetch(grad + block + start, 0);
         if (has_momentum)
             prefetch(momentum_buffer + block + start, 1);
-        for (int i = start; i < stop; i++)
-            n23[i] = lpsgd_log2(z[i], e23[i], k, &z[i]);
+        if (n - start >= chunk)
+            log2_stage(z + start, e23 + start, n23 + start, chunk, k);
+        else
+            log2_stage(z + start, e23 + start, n23 + start, n - start, k);
     }
     for (int start = 0; start < n; start += chunk) {
-        const int stop = min_int(start + chunk, n);
         prefetch(param + block + start, 1);
-        for (int i = start; i < stop; i++)
-            param[i] = lpsgd_apply(param[i], x[i] * lpsgd_exp2(z[i], n23[i]), k);
+        if (n - start >= chunk)
+            exp2_stage(param + start, x + start, z + start, n23 + start, chunk, k);
+        else
+            exp2_stage(param + start, x + start, z + start, n23 + start, n - start, k);
     }
 }
 

@@ -144,7 +144,7 @@ static inline void free_list(test_list *list)
     free(list->memory);
 }
 
-/* The place in the memory of `list` that `pointer` is at in the memory of `other`, or NULL for NULL. */
+/* The place in the memory of `list` that `pointer` is at in the memory of `other`; NULL for NULL. */
 static inline void *same_place(const test_list *list, const test_list *other, const void *pointer)
 {
     return pointer ? list->memory + ((const unsigned char *)pointer - other->memory) : NULL;
