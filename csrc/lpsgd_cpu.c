@@ -24,6 +24,12 @@ static void in_forked_child(void)
     process.forked = 1;
 }
 
+/* When the library is loaded, not at its first call: the fork may come before that. */
+__attribute__((constructor)) static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, in_forked_child);
+}
+
 static void choose(void)
 {
     process.capability = "default";
@@ -44,7 +50,6 @@ static void choose(void)
         }
     }
 #endif
-    pthread_atfork(NULL, NULL, in_forked_child);
 }
 
 const char *lpsgd_cpu_capability(void)
