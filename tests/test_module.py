@@ -219,6 +219,7 @@ print(os.waitpid(pid, 0)[1])
 def test_ctrl_c_is_heard_after_the_step_and_leaves_it_whole():
     code = """
 import os, signal, threading, torch, lpsgd_ext
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 tensors = [[torch.ones(20_000_000)] for _ in range(3)]
 threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
 steps = 0
