@@ -92,7 +92,8 @@ typedef struct lpsgd_buffer {
 
 /* One step over a list of count buffers, which share dtype and hyper-parameters.
  *
- * num_threads: most threads to use; 1 runs in the calling thread, 0 takes OpenMP's number. Small
+ * hyper: not NULL.
+ * num_threads: most threads to use; 1 runs in the calling thread, < 1 takes OpenMP's number. Small
  * lists run in the calling thread whatever it says, and so does every step in a build without
  * OpenMP or in a process forked from one that had loaded this library (where an OpenMP region
  * could hang).

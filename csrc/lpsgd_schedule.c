@@ -82,7 +82,8 @@ lpsgd_status lpsgd_fold(const lpsgd_hyper *hyper, int has_momentum, lpsgd_scalar
     const int negate = hyper->maximize != 0;
     k->momentum64 = checked.momentum;
     k->one_minus_momentum64 = negate ? checked.momentum - 1.0 : 1.0 - checked.momentum;
-    k->decay64 = hyper->weight_decay == 0.0 ? 1.0 : 1.0 - hyper->lr * hyper->weight_decay;
+    const int decays = hyper->weight_decay != 0.0 && hyper->lr != 0.0; /* 0 * INFINITY is NaN */
+    k->decay64 = decays ? 1.0 - hyper->lr * hyper->weight_decay : 1.0;
     k->step_size64 = negate && !has_momentum ? -step_size : step_size;
     k->eps64 = hyper->eps;
     k->rho64 = rho;
