@@ -199,8 +199,8 @@ typedef struct known_tensor {
 } known_tensor;
 
 /* Reads one tensor into `out` and checks it. The two checks that cost a call of a Python method are
- * left out for the very object that passed them in the call before and has had the same memory ever
- * since: a storage that shrinks moves. (One that is resized twice may move back; PyTorch's own
+ * left out for an object that passed them in the call before, by its address, and still has the same
+ * memory: a storage that shrinks moves. (One that is resized twice may move back; PyTorch's own
  * operations do not notice any resize.) Single elements are always asked for their negative bit,
  * since autograd makes such gradients. Sets *changed and *known if the tensor is another one. */
 static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor,
@@ -250,11 +250,12 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
             return -1;
         if (!found.data)
             return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
-        if ((uintptr_t)found.data % (uintptr_t)itemsize)
-            return refuse(at, PyExc_ValueError, "is not aligned to its element size");
         if ((uintptr_t)found.data > UINTPTR_MAX - found.bytes)
             return refuse(at, PyExc_RuntimeError, "has memory that ends beyond the address space");
     }
+    /* The same memory may have got another dtype. */
+    if (*numel && (uintptr_t)found.data % (uintptr_t)itemsize)
+        return refuse(at, PyExc_ValueError, "is not aligned to its element size");
     if (!same) {
         *known = found;
         *changed = 1;

@@ -109,3 +109,11 @@ def test_gradients_made_anew_and_moved_parameters_step_like_a_first_call():
         fresh = copies
     for x, y in zip(kept[0] + kept[2], fresh[0] + fresh[2], strict=True):
         assert torch.equal(bits(x), bits(y))
+
+
+def test_the_same_memory_with_a_wider_dtype_is_checked_for_alignment():
+    param = torch.frombuffer(bytearray(66), dtype=torch.float16, offset=2)
+    lpsgd_ext.lpsgd_([param], [torch.ones(32, dtype=torch.float16)], lr=0.1, p=4.0)
+    param.data = param.view(torch.float32)
+    with pytest.raises(ValueError, match=r"params\[0\] is not aligned"):
+        lpsgd_ext.lpsgd_([param], [torch.ones(16)], lr=0.1, p=4.0)

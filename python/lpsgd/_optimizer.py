@@ -96,9 +96,7 @@ def _check_eager(tensors: tuple[Tensor, ...]) -> None:
 
 
 def _eager_step(tensors: list[tuple[Tensor, ...]], foreach: bool, values: dict[str, Any]) -> None:
-    """The step in PyTorch's operations; `tensors` has one tuple per parameter."""
-    for each in tensors:
-        _check_eager(each)
+    """The step in PyTorch's operations; `tensors` has one checked tuple per parameter."""
 
     def can_foreach(each: tuple[Tensor, ...]) -> bool:
         return (
@@ -193,7 +191,10 @@ class _LPOptimizer(Optimizer):
             _eager_step(eager, True, values)
         else:
             _check_values(group)
-            _eager_step(list(zip(*lists, strict=True)), bool(foreach), values)
+            tensors = list(zip(*lists, strict=True))
+            for each in tensors:
+                _check_eager(each)
+            _eager_step(tensors, bool(foreach), values)
 
 
 class LPSGD(_LPOptimizer):
@@ -342,16 +343,14 @@ class LPSGDM(_LPOptimizer):
     def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
         params, grads, momentum_buffers = [], [], []
         for param in group["params"]:
-            grad = param.grad
             # A look-up calls Tensor.__hash__, which is slow; most states come in order.
-            if known and known[0][0] is param:
-                state = known.popleft()[1]
-            elif grad is None:
-                continue
-            else:
-                state = self.state[param]
+            in_order = known and known[0][0] is param
+            state = known.popleft()[1] if in_order else None
+            grad = param.grad
             if grad is None:
                 continue
+            if state is None:
+                state = self.state[param]
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = torch.zeros_like(param, memory_format=torch.preserve_format)
