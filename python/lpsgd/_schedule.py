@@ -235,8 +235,6 @@ class CosineAnnealingP(_PScheduler):
     ) -> None:
         if not total_iters >= 1:
             raise ValueError(f"Invalid total_iters: {total_iters}")
-        if not 2.0 <= p_min < math.inf:
-            raise ValueError(f"Invalid p_min: {p_min}")
         self.total_iters = total_iters
         self.p_min = p_min
         super().__init__(optimizer, last_epoch, every_step)
