@@ -263,11 +263,16 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
     return 0;
 }
 
-/* `other` must match the parameter of the same index element for element. */
-static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsgd_dl_tensor *other)
+/* `other` must match the parameter of the same index element for element. `float32`: it is float32
+ * where the parameter is of a half type. */
+static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsgd_dl_tensor *other,
+                       int float32)
 {
-    if (memcmp(&param->dtype, &other->dtype, sizeof param->dtype) != 0)
-        return refuse(at, PyExc_TypeError, "differs from the parameter in dtype");
+    static const lpsgd_dl_dtype single = {LPSGD_DL_FLOAT, 32, 1};
+    const lpsgd_dl_dtype *expected = float32 && param->dtype.bits == 16 ? &single : &param->dtype;
+    if (memcmp(expected, &other->dtype, sizeof *expected) != 0)
+        return refuse(at, PyExc_TypeError,
+                      expected == &single ? "is not float32" : "differs from the parameter in dtype");
     if (param->ndim != other->ndim)
         return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
     for (int d = 0; d < param->ndim; d++)
@@ -413,6 +418,26 @@ static int check_read(const tensor_lists *lists, const checked_lists *checked)
     return 0;
 }
 
+/* The int of a parameter in `sequence`, modulo 2^64, or `otherwise` if there is no sequence. */
+static int read_number(const tensor_lists *lists, const char *name, PyObject *sequence,
+                       Py_ssize_t i, uint64_t otherwise, uint64_t *number)
+{
+    *number = otherwise;
+    if (!sequence)
+        return 0;
+    PyObject *object = PySequence_GetItem(sequence, i);
+    if (object) {
+        *number = PyLong_AsUnsignedLongLongMask(object);
+        Py_DECREF(object);
+    }
+    if (PyErr_Occurred()) {
+        PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must have an int for each parameter",
+                     lists->function, name);
+        return -1;
+    }
+    return 0;
+}
+
 static int check_lengths(const tensor_lists *lists)
 {
     const Py_ssize_t n = PyTuple_Size(lists->tuple[0]);
@@ -451,8 +476,9 @@ int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists 
     checked->complete = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
         lpsgd_dl_tensor tensor[MAX_LISTS];
-        lpsgd_dtype dtype = LPSGD_FLOAT32;
+        lpsgd_dtype dtype = LPSGD_FLOAT32, of_param = LPSGD_FLOAT32;
         int64_t numel = 0;
+        uint64_t stream, index;
         for (int j = 0; j < lists->count; j++) {
             const place at = {lists->function, lists->name[j], i};
             PyObject *object = PyTuple_GetItem(lists->tuple[j], i);
@@ -460,16 +486,23 @@ int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists 
             if (!object ||
                 read_tensor(torch, &at, object, &tensor[j], &dtype, &numel,
                             &checked->known[i * lists->count + j], &changed) ||
-                (j > 0 && check_match(&at, &tensor[0], &tensor[j])))
+                (j > 0 &&
+                 check_match(&at, &tensor[0], &tensor[j], j == 2 && lists->momentum_float32)))
                 goto done;
             written_changed |= changed && lists->written[j];
+            of_param = j ? of_param : dtype;
         }
+        if (read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
+            read_number(lists, "offsets", lists->indices, i, 0, &index))
+            goto done;
         if (numel)
-            buffers->of_dtype[dtype][buffers->count[dtype]++] = (lpsgd_buffer){
+            buffers->of_dtype[of_param][buffers->count[of_param]++] = (lpsgd_buffer){
                 .param = tensor[0].data,
                 .grad = tensor[1].data,
                 .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
                 .numel = numel,
+                .stream = stream,
+                .index = index,
             };
     }
     checked->complete = complete && !written_changed;

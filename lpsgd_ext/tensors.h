@@ -27,9 +27,11 @@ typedef struct torch_api {
 typedef struct tensor_lists {
     const char *function; /* for messages */
     int count;
+    int momentum_float32; /* momentum buffers of bfloat16 and float16 parameters are float32 */
     const char *name[MAX_LISTS];
     int written[MAX_LISTS];
     PyObject *tuple[MAX_LISTS];
+    PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
 } tensor_lists;
 
 /* The non-empty tensors' memory, grouped by dtype: one list for each lpsgd_dtype. */
