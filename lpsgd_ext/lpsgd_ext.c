@@ -431,6 +431,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(torch->tensor_type);
     Py_VISIT(torch->parameter_type);
     Py_VISIT(torch->is_neg);
+    Py_VISIT(torch->is_inference);
+    Py_VISIT(torch->is_inference_mode_enabled);
     Py_VISIT(torch->untyped_storage);
     Py_VISIT(torch->storage_offset);
     Py_VISIT(torch->increment_version);
@@ -445,6 +447,8 @@ static int module_clear(PyObject *module)
     Py_CLEAR(torch->tensor_type);
     Py_CLEAR(torch->parameter_type);
     Py_CLEAR(torch->is_neg);
+    Py_CLEAR(torch->is_inference);
+    Py_CLEAR(torch->is_inference_mode_enabled);
     Py_CLEAR(torch->untyped_storage);
     Py_CLEAR(torch->storage_offset);
     Py_CLEAR(torch->increment_version);

@@ -57,10 +57,12 @@ int torch_api_load(torch_api *torch)
         {&torch->tensor_type, "torch", "Tensor", NULL},
         {&torch->parameter_type, "torch.nn", "Parameter", NULL},
         {&torch->is_neg, "torch", "Tensor", "is_neg"},
+        {&torch->is_inference, "torch", "Tensor", "is_inference"},
         {&torch->untyped_storage, "torch", "Tensor", "untyped_storage"},
         {&torch->storage_offset, "torch", "Tensor", "storage_offset"},
         {&torch->increment_version, "torch.autograd.graph", "increment_version", NULL},
         {&torch->get_num_threads, "torch", "get_num_threads", NULL},
+        {&torch->is_inference_mode_enabled, "torch", "is_inference_mode_enabled", NULL},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         *wanted[i].to =
@@ -178,11 +180,32 @@ static int check_storage(const torch_api *torch, const place *at, PyObject *tens
     return 0;
 }
 
+/* The truth of what `function` answers of the tensor, or of nothing if that is NULL; -1: exception. */
+static int ask(PyObject *function, PyObject *tensor)
+{
+    PyObject *answer = PyObject_CallFunctionObjArgs(function, tensor, NULL);
+    const int truth = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return truth;
+}
+
+/* Sets *inference if it is an inference tensor, which may be written to in inference mode alone. */
+static int check_inference(const torch_api *torch, const place *at, PyObject *tensor, int *inference)
+{
+    *inference = ask(torch->is_inference, tensor);
+    const int enabled = *inference > 0 ? ask(torch->is_inference_mode_enabled, NULL) : 0;
+    if (*inference < 0 || enabled < 0)
+        return refuse_because(at);
+    if (*inference && !enabled)
+        return refuse(at, PyExc_RuntimeError,
+                      "is an inference tensor: Inplace update to inference tensor outside "
+                      "InferenceMode is not allowed");
+    return 0;
+}
+
 static int check_not_negated(const torch_api *torch, const place *at, PyObject *tensor)
 {
-    PyObject *answer = PyObject_CallFunctionObjArgs(torch->is_neg, tensor, NULL);
-    const int negated = answer ? PyObject_IsTrue(answer) : -1;
-    Py_XDECREF(answer);
+    const int negated = ask(torch->is_neg, tensor);
     if (negated < 0)
         return refuse_because(at);
     if (negated)
@@ -203,7 +226,7 @@ typedef struct known_tensor {
  * memory: a storage that shrinks moves. (One that is resized twice may move back; PyTorch's own
  * operations do not notice any resize.) Single elements are always asked for their negative bit,
  * since autograd makes such gradients. Sets *changed and *known if the tensor is another one. */
-static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor,
+static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor, int written,
                        lpsgd_dl_tensor *out, lpsgd_dtype *dtype, int64_t *numel,
                        known_tensor *known, int *changed)
 {
@@ -245,7 +268,10 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
                      known->bytes == found.bytes;
     if (*numel && (!same || *numel == 1) && check_not_negated(torch, at, tensor))
         return -1;
+    int inference = 0;
     if (*numel && !same) {
+        if (written && check_inference(torch, at, tensor, &inference))
+            return -1;
         if (check_storage(torch, at, tensor, *numel, itemsize))
             return -1;
         if (!found.data)
@@ -258,6 +284,8 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
         return refuse(at, PyExc_ValueError, "is not aligned to its element size");
     if (!same) {
         *known = found;
+        if (inference) /* asks again next time */
+            known->tensor = NULL;
         *changed = 1;
     }
     return 0;
@@ -484,7 +512,7 @@ int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists 
             PyObject *object = PyTuple_GetItem(lists->tuple[j], i);
             int changed = 0;
             if (!object ||
-                read_tensor(torch, &at, object, &tensor[j], &dtype, &numel,
+                read_tensor(torch, &at, object, lists->written[j], &tensor[j], &dtype, &numel,
                             &checked->known[i * lists->count + j], &changed) ||
                 (j > 0 &&
                  check_match(&at, &tensor[0], &tensor[j], j == 2 && lists->momentum_float32)))

@@ -16,8 +16,8 @@ enum { DTYPE_COUNT = 4, MAX_LISTS = 3, RECENT_COUNT = 8 };
 /* What the module keeps of PyTorch, and of the calls before; one per module object. */
 typedef struct torch_api {
     PyObject *tensor_type, *parameter_type;
-    PyObject *is_neg, *untyped_storage, *storage_offset; /* methods of torch.Tensor */
-    PyObject *increment_version, *get_num_threads;
+    PyObject *is_neg, *is_inference, *untyped_storage, *storage_offset; /* of torch.Tensor */
+    PyObject *increment_version, *get_num_threads, *is_inference_mode_enabled;
     const lpsgd_dl_api *dlpack;
     struct checked_lists *recent[RECENT_COUNT]; /* NULL where free */
 } torch_api;
