@@ -263,6 +263,8 @@ def _compiled_step(
     """The step of one group, as torch.compile sees it. lr, p and the like are read from the group
     when it runs, so that no graph depends on them."""
     lists = [list(params), list(grads), list(momentum_buffers)]
+    if not momentum_buffers:
+        del lists[2]
     _optimizers[optimizer]._step_lists([(group, lists, list(streams))])
 
 
