@@ -500,7 +500,7 @@ class LPSGD(_LPOptimizer):
         params: parameters, named parameters or groups of them, as for torch.optim. Any shape;
             float32, float64, bfloat16 or float16 on the CPU run in C, the rest in PyTorch's
             operations.
-        lr: learning rate :math:`\eta \geq 0`.
+        lr: learning rate :math:`\eta \geq 0`, a number or a Tensor of one element.
         p: the norm, :math:`2 \leq p \leq \infty`.
         weight_decay: decoupled weight decay :math:`\lambda \geq 0` (torch.optim.SGD's is coupled).
         eps: :math:`\epsilon \geq 0`.
@@ -508,8 +508,16 @@ class LPSGD(_LPOptimizer):
             paper; about 1e-4 keeps the step from shrinking as p goes to 2.
         maximize: maximize the objective instead of minimizing it.
         foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one.
+        capturable: the step may be captured in a CUDA graph: a Tensor lr stays on the device.
+        differentiable: autograd goes through the step, also to a Tensor lr or weight_decay.
         fused: True demands the C kernels and raises where they can't be used; None takes them
             wherever they can; False never does.
+        stochastic_rounding: round bfloat16 results up or down at random such that the mean is
+            exact; other dtypes are rounded to nearest. The random bits depend on seed, on the
+            number of the step (`rounding_step` in the group), on the number of the parameter in
+            the optimizer and on the index of the element alone: not on threads, nor on the
+            sharding of a DTensor.
+        seed: an int. All replicas of a parameter need the same.
 
     Raises:
         ValueError, TypeError: for arguments out of range. `step` raises them too, and
@@ -587,6 +595,8 @@ class LPSGDM(_LPOptimizer):
 
     Args:
         momentum: :math:`0 \leq \beta < 1`.
+        momentum_dtype: None or torch.float32, the dtype of the momentum_buffer of bfloat16 and
+            float16 parameters: their own or float32.
 
     The other arguments, the note on lr and the errors are those of :class:`LPSGD`; eps and pivot
     refer to :math:`|m|`.
