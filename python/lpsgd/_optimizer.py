@@ -336,8 +336,11 @@ class _LPOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
-        with self.register_load_state_dict_pre_hook(lambda _, loaded: self._prepare_load(loaded)):
-            super().load_state_dict(state_dict)
+        try:
+            with self.register_load_state_dict_pre_hook(lambda _, state: self._prepare_load(state)):
+                super().load_state_dict(state_dict)
+        finally:
+            self.__dict__.pop("_loading", None)
 
     def _prepare_load(self, state_dict: dict[str, Any]) -> None:
         """Looks at a state_dict that is being loaded, after all other hooks."""
