@@ -93,11 +93,14 @@ def train_zero():
         saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(saved)
         expected = twin_optimizer.state_dict()
-        assert saved[0]["param_groups"] == expected["param_groups"]
+        assert saved[0]["state"].keys() == expected["state"].keys()
         for index, state in expected["state"].items():
-            assert torch.equal(
-                saved[0]["state"][index]["momentum_buffer"], state["momentum_buffer"]
-            )
+            buffer = saved[0]["state"][index]["momentum_buffer"]
+            assert torch.equal(bits(buffer), bits(state["momentum_buffer"]))
+        for group, twin_group in zip(
+            saved[0]["param_groups"], expected["param_groups"], strict=True
+        ):
+            assert group.items() <= twin_group.items()
 
         # A run of ZeRO and one without it go on from what ZeRO saved.
         resumed = ZeroRedundancyOptimizer(groups(model), LPSGDM, lr=1.0)
