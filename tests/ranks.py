@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""Runs scripts and functions of test files in several processes, as torchrun starts them.
+"""Runs functions of test files in several processes, as torchrun starts them.
 
-Every process runs this file as a script, which runs what it is told.
+Every process runs this file as a script.
 """
 
 import datetime
 import faulthandler
 import os
+import re
 import runpy
 import subprocess
 import sys
 import traceback
 import warnings
+from unittest import mock
 
 import torch.distributed as dist
+
+from helpers import ROOT
 
 _PATIENCE = 60  # seconds that a rank waits for another; all of them have twice that
 
 
-def torchrun(ranks, script, *arguments):
-    """Runs a script in `ranks` processes; fails with what they print if one fails or hangs."""
+def on_ranks(ranks, function, *arguments):
+    """Calls a test file's function in `ranks` processes that gloo joins, with strings as arguments;
+    fails with all that they print if one fails or hangs."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", __file__, script, *arguments]
+    command += [f"--nproc-per-node={ranks}", __file__]
+    command += [function.__code__.co_filename, function.__name__, *arguments]
     result = subprocess.run(
         list(map(str, command)),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -33,16 +39,20 @@ def torchrun(ranks, script, *arguments):
     assert result.returncode == 0, result.stdout
 
 
-def on_ranks(ranks, function, *arguments):
-    """Calls a test file's function in `ranks` processes that gloo joins; arguments are strings."""
-    torchrun(ranks, function.__code__.co_filename, function.__name__, *arguments)
+def run_section(heading):
+    """Runs the code of a section of docs/distributed.md, after what stands before all of them."""
+    start, *sections = (ROOT / "docs" / "distributed.md").read_text().split("\n## ")
+    (section,) = (each for each in sections if each.startswith(f"{heading}\n"))
+    start, code = (
+        "".join(re.findall(r"^```python\n(.*?)^```", x, re.S | re.M)) for x in (start, section)
+    )
+    assert re.search("^ *assert ", code, re.MULTILINE)
+    with mock.patch.object(dist, "init_process_group"):  # the ranks are joined already
+        exec(compile(f"{start}\n{code}", f"docs/distributed.md: {heading}", "exec"), {})
 
 
-def _run(script, name=None, *arguments):
-    if name is None:
-        runpy.run_path(script, run_name="__main__")
-        return
-    function = runpy.run_path(script)[name]
+def _run(path, name, *arguments):
+    function = runpy.run_path(path)[name]
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=_PATIENCE))
     warnings.simplefilter("error")
     function(*arguments)

@@ -17,7 +17,7 @@ import torch
 
 from helpers import CLASSES, bits
 from lpsgd import LPSGDM, CosineAnnealingP
-from ranks import on_ranks
+from ranks import on_ranks, run_section
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
@@ -38,11 +38,15 @@ def make_model():
     return torch.nn.Sequential(torch.nn.Linear(7, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5))
 
 
-def make_engine(config, optimizer, model, schedule=None):
-    warnings.simplefilter("default")  # DeepSpeed's own and those of what it calls
+def prepare():
+    """What DeepSpeed needs in this process before it is imported."""
+    warnings.simplefilter("default")  # its own and those of what it calls
     os.environ["DS_ACCELERATOR"] = "cpu"
     # It builds a communication library by ninja, which pip installs beside Python.
     os.environ["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"
+
+
+def make_engine(config, optimizer, model, schedule=None):
     import deepspeed
 
     engine, _, _, _ = deepspeed.initialize(
@@ -80,6 +84,7 @@ def train(engine, twin, twin_optimizer, steps):
 
 
 def train_engines():
+    prepare()
     for config in CONFIGS:
         for cls in CLASSES:
             for p in (2.0, 4.0, math.inf):
@@ -101,6 +106,7 @@ def test_every_stage_gives_the_bits_of_one_process():
 
 
 def resume(folder):
+    prepare()
     for stage in ("ZeRO 1", "ZeRO 3"):
         twin = make_model()
         twin_optimizer = LPSGDM(twin.parameters(), lr=0.1, p=6.0)
@@ -125,3 +131,12 @@ def resume(folder):
 
 def test_schedule_of_p_runs_in_the_engine_and_goes_on_from_its_checkpoint(tmp_path):
     on_ranks(2, resume, tmp_path)
+
+
+def run_documented():
+    prepare()
+    run_section("DeepSpeed")
+
+
+def test_section_runs():
+    on_ranks(2, run_documented)

@@ -13,6 +13,7 @@ import torch
 
 from helpers import CLASSES, bits
 from lpsgd import LPSGDM, CosineAnnealingP
+from ranks import on_ranks, run_section
 
 cpu_offload = pytest.importorskip("torchao.optim.cpu_offload")
 
@@ -29,7 +30,13 @@ class Stream:
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch):
+def device():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_device(monkeypatch)
+        yield
+
+
+def replace_device(monkeypatch):
     monkeypatch.setattr(cpu_offload, "get_available_devices", lambda: ["cpu", "xpu"])
     monkeypatch.setattr(torch.xpu, "Stream", Stream)
     monkeypatch.setattr(torch.xpu, "current_stream", Stream)
@@ -68,6 +75,7 @@ def test_offloaded_states_give_the_bits_of_the_plain_optimizer(cls, minimal_size
     train((model, twin), (optimizer, cls(twin.parameters(), **values)), range(3))
 
 
+@pytest.mark.xfail(strict=True, reason="CPUOffloadOptimizer has no hooks for the schedule")
 def test_schedule_of_p_reaches_every_offloaded_parameter():
     model, twin = make_model(), make_model()
     optimizers = (
@@ -95,3 +103,13 @@ def test_offloaded_state_goes_on_from_its_state_dict():
     )
     optimizer.load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
     train((resumed, twin), (optimizer, optimizers[1]), range(3, 6))
+
+
+def run_documented():
+    replace_device(pytest.MonkeyPatch())
+    run_section("torchao")
+
+
+@pytest.mark.xfail(strict=True, reason="CPUOffloadOptimizer has no hooks for the schedule")
+def test_section_runs():
+    on_ranks(1, run_documented)
