@@ -87,7 +87,7 @@ setup(
             depends=[*glob("csrc/*.h"), *glob("lpsgd_ext/*.h"), "setup.py"],
             include_dirs=["csrc"],
             define_macros=[("Py_LIMITED_API", "0x030a0000")],
-            libraries=["m", "pthread"],
+            libraries=["m", "pthread", "dl"],
             py_limited_api=True,
         )
     ],
