@@ -17,7 +17,13 @@
  *     c = pivot^(-1 / (p - 1)), which is 1 for the paper's pivot = 1.
  *
  * p = 2 is (momentum) gradient descent, p = INFINITY is sign descent smoothed by eps. An element
- * whose |m| + eps is zero has u = 0. NaN stays NaN, and infinities follow IEEE arithmetic.
+ * whose |m| + eps is zero has u = 0. NaN stays NaN, and infinities follow IEEE arithmetic. Where
+ * u = 0 without decay, and everywhere for lr = 0, x keeps its bits, -0.0 included; m moves at lr = 0.
+ *
+ * Low precision. bfloat16 and float16 parameters may have a float32 momentum_buffer. bfloat16 may be
+ * rounded stochastically: up or down with probabilities that make the mean exact, so that updates
+ * below half a unit in the last place are not lost. The random bits are a function of (seed, step,
+ * stream, index of the element) alone, so they too do not depend on threads or on the cutting.
  *
  * The contract of bits. For float32, bfloat16 and float16 (computed in float32, one rounding on
  * store) the same inputs give the same bits on every instruction set, for every number of threads
@@ -41,7 +47,7 @@ extern "C" {
 
 #define LPSGD_VERSION "0.1.0"
 
-/* Element type of param, grad and momentum_buffer alike. */
+/* Element type of param and grad, and of momentum_buffer except where said otherwise. */
 typedef enum lpsgd_dtype {
     LPSGD_FLOAT32,
     LPSGD_FLOAT64,
@@ -58,6 +64,7 @@ typedef enum lpsgd_status {
     LPSGD_ERROR_WEIGHT_DECAY,
     LPSGD_ERROR_EPS,
     LPSGD_ERROR_PIVOT,
+    LPSGD_ERROR_GRAD_SCALE,
     LPSGD_ERROR_DTYPE,
     LPSGD_ERROR_NUMEL,
     LPSGD_ERROR_NULL,
@@ -75,7 +82,11 @@ typedef struct lpsgd_hyper {
     double weight_decay; /* >= 0 */
     double eps;          /* >= 0 */
     double pivot;        /* where |u| = 1 for every p: 0 < pivot < INFINITY; 1 is the paper */
+    double grad_scale;   /* g = grad * (float)(1 / grad_scale), 0 < grad_scale < INFINITY; 1: none */
     int maximize;        /* 0: descend; otherwise ascend: grad counts as -grad */
+    int momentum_float32;    /* otherwise than 0: momentum_buffer of bfloat16 and float16 is float32 */
+    int stochastic_rounding; /* otherwise than 0: bfloat16 results are rounded stochastically, by */
+    uint64_t seed, step;     /* these, which should differ between runs and between steps */
 } lpsgd_hyper;
 
 /* The first of the ranges above that hyper is outside of, momentum included; LPSGD_OK if none. */
@@ -88,6 +99,9 @@ typedef struct lpsgd_buffer {
     const void *grad;      /* read */
     void *momentum_buffer; /* read and written by lpsgdm_step; unused by lpsgd_step (may be NULL) */
     int64_t numel;         /* >= 0; pointers of an empty buffer are not looked at */
+    /* Looked at by stochastic rounding alone: the parameter's number in the model, and the index in
+     * that parameter of the buffer's first element, for a buffer that is a piece of it. */
+    uint64_t stream, index;
 } lpsgd_buffer;
 
 /* One step over a list of count buffers, which share dtype and hyper-parameters.

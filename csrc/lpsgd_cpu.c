@@ -81,10 +81,16 @@ static int64_t itemsize(lpsgd_dtype dtype)
     return 0;
 }
 
-static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
-                               int has_momentum, int64_t *total)
+static int64_t momentum_itemsize(lpsgd_dtype dtype, const lpsgd_scalars *k)
 {
-    const int64_t size = itemsize(dtype);
+    const int half = dtype == LPSGD_BFLOAT16 || dtype == LPSGD_FLOAT16;
+    return half && k->momentum_float32 ? 4 : itemsize(dtype);
+}
+
+static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                               int has_momentum, const lpsgd_scalars *k, int64_t *total)
+{
+    const int64_t size = itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
     if (!size)
         return LPSGD_ERROR_DTYPE;
     if (count < 0)
@@ -94,16 +100,16 @@ static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dt
     *total = 0;
     for (int64_t i = 0; i < count; i++) {
         const lpsgd_buffer *b = &list[i];
-        if (b->numel < 0 || b->numel > INT64_MAX / size - *total)
+        if (b->numel < 0 || b->numel > INT64_MAX / momentum_size - *total)
             return LPSGD_ERROR_NUMEL;
         *total += b->numel;
         if (!b->numel)
             continue;
         if (!b->param || !b->grad || (has_momentum && !b->momentum_buffer))
             return LPSGD_ERROR_NULL;
-        const uintptr_t address = (uintptr_t)b->param | (uintptr_t)b->grad |
-                                  (has_momentum ? (uintptr_t)b->momentum_buffer : 0);
-        if (address % (uintptr_t)size)
+        const uintptr_t momentum_buffer = has_momentum ? (uintptr_t)b->momentum_buffer : 0;
+        if (((uintptr_t)b->param | (uintptr_t)b->grad) % (uintptr_t)size ||
+            momentum_buffer % (uintptr_t)momentum_size)
             return LPSGD_ERROR_ALIGNMENT;
     }
     return LPSGD_OK;
@@ -113,7 +119,7 @@ static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dt
 static void step_range(const lpsgd_buffer *list, int64_t low, int64_t high, lpsgd_dtype dtype,
                        int has_momentum, const lpsgd_scalars *k)
 {
-    const int64_t size = itemsize(dtype);
+    const int64_t size = itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
     int64_t first = 0; /* of *list, end to end */
     for (; first < high; first += list->numel, list++) {
         const int64_t from = low > first ? low - first : 0;
@@ -123,8 +129,11 @@ static void step_range(const lpsgd_buffer *list, int64_t low, int64_t high, lpsg
         const lpsgd_buffer piece = {
             .param = (char *)list->param + from * size,
             .grad = (const char *)list->grad + from * size,
-            .momentum_buffer = has_momentum ? (char *)list->momentum_buffer + from * size : NULL,
+            .momentum_buffer =
+                has_momentum ? (char *)list->momentum_buffer + from * momentum_size : NULL,
             .numel = to - from,
+            .stream = list->stream,
+            .index = list->index + (uint64_t)from,
         };
         process.kernel(&piece, dtype, k);
     }
@@ -155,7 +164,7 @@ static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dt
     int64_t total;
     lpsgd_status status = lpsgd_fold(hyper, has_momentum, &k);
     if (status == LPSGD_OK)
-        status = check_list(list, count, dtype, has_momentum, &total);
+        status = check_list(list, count, dtype, has_momentum, &k, &total);
     if (status != LPSGD_OK)
         return status;
 

@@ -28,15 +28,22 @@ LPSGD_INLINE void prefetch(const float *next, int write)
             __builtin_prefetch(next + i, 0);
 }
 
-/* rho = 0 and rho = 1 in one loop. momentum_buffer is looked at for LPSGDM alone. */
+/* x of element i: what u is a function of. Moves momentum_buffer, which is looked at for LPSGDM
+ * alone. */
+LPSGD_INLINE float next_x(const float *restrict grad, float *restrict momentum_buffer, int i,
+                          int has_momentum, const lpsgd_scalars *k)
+{
+    const float g = lpsgd_grad(grad[i], k);
+    return has_momentum ? (momentum_buffer[i] = lpsgd_momentum(momentum_buffer[i], g, k)) : g;
+}
+
+/* Every rule but the power, in one loop. */
 LPSGD_INLINE void step_block_plain(float *restrict param, const float *restrict grad,
                                    float *restrict momentum_buffer, int n, int has_momentum,
                                    lpsgd_rule rule, const lpsgd_scalars *k)
 {
     for (int i = 0; i < n; i++) {
-        float x = grad[i];
-        if (has_momentum)
-            momentum_buffer[i] = x = lpsgd_momentum(momentum_buffer[i], x, k);
+        const float x = next_x(grad, momentum_buffer, i, has_momentum, k);
         param[i] = lpsgd_apply(param[i], lpsgd_direction(x, rule, k), k);
     }
 }
@@ -53,7 +60,7 @@ LPSGD_INLINE void exp2_stage(float *restrict param, const float *restrict x, con
                              const uint32_t *restrict n23, int n, const lpsgd_scalars *k)
 {
     for (int i = 0; i < n; i++)
-        param[i] = lpsgd_apply(param[i], x[i] * lpsgd_exp2(f[i], n23[i]), k);
+        param[i] = lpsgd_apply(param[i], lpsgd_scale(x[i], lpsgd_exp2(f[i], n23[i])), k);
 }
 
 /* The power in three stages. They equal lpsgd_direction bit for bit for ordinary elements, and leave
@@ -62,15 +69,13 @@ LPSGD_INLINE void step_block_power(float *restrict param, const float *restrict 
                                    float *restrict momentum_buffer, int n, int has_momentum,
                                    const lpsgd_scalars *k)
 {
-    float z[block] LPSGD_SCRATCH, e23[block] LPSGD_SCRATCH;
+    float z[block] LPSGD_SCRATCH, e23[block] LPSGD_SCRATCH, g[block] LPSGD_SCRATCH;
     uint32_t n23[block] LPSGD_SCRATCH, worst = 0;
-    const float *restrict x = has_momentum ? momentum_buffer : grad;
+    float *restrict x = has_momentum ? momentum_buffer : g;
 
     for (int i = 0; i < n; i++) {
-        float m = grad[i];
-        if (has_momentum)
-            momentum_buffer[i] = m = lpsgd_momentum(momentum_buffer[i], m, k);
-        const float y = fabsf(m) + k->eps;
+        x[i] = next_x(grad, momentum_buffer, i, has_momentum, k);
+        const float y = fabsf(x[i]) + k->eps;
         const uint32_t extraordinary = lpsgd_extraordinary(y);
         worst = worst > extraordinary ? worst : extraordinary;
         e23[i] = (float)lpsgd_split(y, &z[i]);
@@ -102,12 +107,20 @@ LPSGD_INLINE void step_block(float *restrict param, const float *restrict grad,
                              float *restrict momentum_buffer, int n, int has_momentum,
                              const lpsgd_scalars *k)
 {
-    if (k->rule == LPSGD_RULE_POWER)
+    switch (k->rule) {
+    case LPSGD_RULE_POWER:
         step_block_power(param, grad, momentum_buffer, n, has_momentum, k);
-    else if (k->rule == LPSGD_RULE_SIGN)
+        break;
+    case LPSGD_RULE_SIGN:
         step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_SIGN, k);
-    else
+        break;
+    case LPSGD_RULE_SGD:
         step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_SGD, k);
+        break;
+    case LPSGD_RULE_REST:
+        step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_REST, k);
+        break;
+    }
 }
 
 LPSGD_TARGET static void step_float32(float *param, const float *grad, float *momentum_buffer,
@@ -136,19 +149,41 @@ LPSGD_INLINE void store_half(uint16_t *restrict to, const float *restrict from, 
         to[i] = dtype == LPSGD_BFLOAT16 ? lpsgd_to_bfloat16(from[i]) : lpsgd_to_float16(from[i]);
 }
 
-LPSGD_INLINE void step_half(uint16_t *param, const uint16_t *grad, uint16_t *momentum_buffer,
-                            int64_t numel, lpsgd_dtype dtype, const lpsgd_scalars *k)
+/* Each element's 32 random bits round param by the lower and momentum_buffer by the upper half. */
+LPSGD_INLINE void store_stochastic(uint16_t *restrict to, const float *restrict from, int n,
+                                   uint64_t key, uint64_t index, int shift)
 {
-    float x[block] LPSGD_SCRATCH, g[block] LPSGD_SCRATCH, m[block] LPSGD_SCRATCH;
-    for (int64_t i = 0; i < numel; i += block) {
-        const int n = numel - i < block ? (int)(numel - i) : block;
+    for (int i = 0; i < n; i++)
+        to[i] = lpsgd_to_bfloat16_stochastic(
+            from[i], lpsgd_random(key, index + (uint64_t)i) >> shift & 0xffffu);
+}
+
+LPSGD_INLINE void step_half(const lpsgd_buffer *buffer, lpsgd_dtype dtype, const lpsgd_scalars *k)
+{
+    float x[block] LPSGD_SCRATCH, g[block] LPSGD_SCRATCH, converted[block] LPSGD_SCRATCH;
+    uint16_t *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
+    const uint16_t *grad = buffer->grad;
+    const int converts = momentum_buffer && !k->momentum_float32;
+    const int stochastic = dtype == LPSGD_BFLOAT16 && k->stochastic_rounding;
+    const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
+    for (int64_t i = 0; i < buffer->numel; i += block) {
+        const int n = buffer->numel - i < block ? (int)(buffer->numel - i) : block;
+        const uint64_t index = buffer->index + (uint64_t)i;
+        float *m = NULL;
         load_half(x, param + i, n, dtype);
         load_half(g, grad + i, n, dtype);
-        if (momentum_buffer)
-            load_half(m, momentum_buffer + i, n, dtype);
-        step_float32(x, g, momentum_buffer ? m : NULL, n, k);
-        store_half(param + i, x, n, dtype);
-        if (momentum_buffer)
+        if (converts)
+            load_half(m = converted, momentum_buffer + i, n, dtype);
+        else if (momentum_buffer)
+            m = (float *)buffer->momentum_buffer + i;
+        step_float32(x, g, m, n, k);
+        if (stochastic)
+            store_stochastic(param + i, x, n, key, index, 0);
+        else
+            store_half(param + i, x, n, dtype);
+        if (converts && stochastic)
+            store_stochastic(momentum_buffer + i, m, n, key, index, 16);
+        else if (converts)
             store_half(momentum_buffer + i, m, n, dtype);
     }
 }
@@ -158,7 +193,7 @@ LPSGD_INLINE void step_float64(double *restrict param, const double *restrict gr
                                const lpsgd_scalars *k)
 {
     for (int64_t i = 0; i < numel; i++) {
-        double x = grad[i];
+        double x = lpsgd_grad64(grad[i], k);
         if (momentum_buffer)
             momentum_buffer[i] = x = lpsgd_momentum64(momentum_buffer[i], x, k);
         param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, rule, k), k);
@@ -174,10 +209,10 @@ LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
         step_float32(param, buffer->grad, momentum_buffer, buffer->numel, k);
         break;
     case LPSGD_BFLOAT16:
-        step_half(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_BFLOAT16, k);
+        step_half(buffer, LPSGD_BFLOAT16, k);
         break;
     case LPSGD_FLOAT16:
-        step_half(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_FLOAT16, k);
+        step_half(buffer, LPSGD_FLOAT16, k);
         break;
     case LPSGD_FLOAT64:
         if (k->rule == LPSGD_RULE_SGD)

@@ -26,8 +26,13 @@
 #define LPSGD_FMA(a, b, c) __builtin_fma(a, b, c)
 #endif
 
-/* What the exponent needs: none at rho = 0, a division at rho = 1, else the power. */
-typedef enum lpsgd_rule { LPSGD_RULE_SGD, LPSGD_RULE_SIGN, LPSGD_RULE_POWER } lpsgd_rule;
+/* What u needs: nothing at rho = 0, a division at rho = 1, else the power. */
+typedef enum lpsgd_rule {
+    LPSGD_RULE_SGD,
+    LPSGD_RULE_SIGN,
+    LPSGD_RULE_POWER,
+    LPSGD_RULE_REST /* lr = 0: param stays */
+} lpsgd_rule;
 
 enum { LPSGD_LOG2_DEGREE = 8 };
 
@@ -35,16 +40,20 @@ enum { LPSGD_LOG2_DEGREE = 8 };
 typedef struct lpsgd_scalars {
     lpsgd_rule rule;
     float momentum;
-    float one_minus_momentum; /* its sign carries `maximize` */
-    float decay;              /* 1 - lr * weight_decay */
-    float step_size;          /* -lr * pivot^(-1 / (p - 1)); for LPSGD its sign carries `maximize` */
+    float one_minus_momentum;
+    float grad_factor; /* 1 / grad_scale; its sign carries `maximize` */
+    float decay;       /* 1 - lr * weight_decay */
+    float step_size;   /* -lr * pivot^(-1 / (p - 1)) <= 0 */
     float eps;
     /* -rho = head + rest, head of 16 bits, so that head * exponent is exact; both times 2^-23,
      * because the exponent arrives as an integer shifted left by 23. */
     float head, rest;
     float log2[LPSGD_LOG2_DEGREE + 1]; /* -rho times the coefficients of log2(1 + z) */
     /* The same in double, for float64. */
-    double momentum64, one_minus_momentum64, decay64, step_size64, eps64, rho64;
+    double momentum64, one_minus_momentum64, grad_factor64, decay64, step_size64, eps64, rho64;
+    int momentum_float32;
+    int stochastic_rounding;
+    uint64_t rounding_key; /* of seed and step */
 } lpsgd_scalars;
 
 LPSGD_INLINE int32_t lpsgd_bits(float x)
@@ -61,13 +70,19 @@ LPSGD_INLINE float lpsgd_float(int32_t bits)
     return x;
 }
 
+/* g of eq 21 and 23. */
+LPSGD_INLINE float lpsgd_grad(float grad, const lpsgd_scalars *k)
+{
+    return k->grad_factor * grad;
+}
+
 /* Eq 23. */
 LPSGD_INLINE float lpsgd_momentum(float m, float g, const lpsgd_scalars *k)
 {
     return LPSGD_FMAF(k->one_minus_momentum, g, k->momentum * m);
 }
 
-/* Eq 22 and 25. */
+/* Eq 22 and 25. A zero u is never -0, so that step_size * u is -0 and adds nothing even to -0. */
 LPSGD_INLINE float lpsgd_apply(float param, float u, const lpsgd_scalars *k)
 {
     return LPSGD_FMAF(k->step_size, u, k->decay * param);
@@ -148,22 +163,35 @@ LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_scalars *k)
     return power;
 }
 
+/* x * w, where -0 becomes 0. */
+LPSGD_INLINE float lpsgd_scale(float x, float w)
+{
+    return LPSGD_FMAF(x, w, 0.0f);
+}
+
 /* u of eq 21 and 24 (without the pivot, which step_size carries), every edge case included.
  * This is the reference that faster drivers must equal bit for bit. rule is k->rule, given apart
  * so that a loop can be compiled for one rule. */
 LPSGD_INLINE float lpsgd_direction(float x, lpsgd_rule rule, const lpsgd_scalars *k)
 {
     const float y = fabsf(x) + k->eps;
+    if (rule == LPSGD_RULE_REST)
+        return 0.0f;
     if (rule == LPSGD_RULE_SGD)
-        return x;
+        return x + 0.0f;
     if (rule == LPSGD_RULE_SIGN)
-        return y == 0.0f ? x : x / y;
+        return y == 0.0f ? 0.0f : x / y + 0.0f;
     const lpsgd_scaled_power power = lpsgd_power(y, k);
-    return x * power.before * power.w * power.after;
+    return lpsgd_scale(x * power.before, power.w) * power.after;
 }
 
 /* float64: the same formulas with the C library's pow(), or its root squared where y^-rho would
  * overflow or lose bits. Power within 2 ulp. */
+LPSGD_INLINE double lpsgd_grad64(double grad, const lpsgd_scalars *k)
+{
+    return k->grad_factor64 * grad;
+}
+
 LPSGD_INLINE double lpsgd_momentum64(double m, double g, const lpsgd_scalars *k)
 {
     return LPSGD_FMA(k->one_minus_momentum64, g, k->momentum64 * m);
@@ -177,16 +205,16 @@ LPSGD_INLINE double lpsgd_apply64(double param, double u, const lpsgd_scalars *k
 LPSGD_INLINE double lpsgd_direction64(double x, lpsgd_rule rule, const lpsgd_scalars *k)
 {
     const double y = fabs(x) + k->eps64;
+    if (rule == LPSGD_RULE_REST || y == 0.0)
+        return 0.0;
     if (rule == LPSGD_RULE_SGD)
-        return x;
+        return x + 0.0;
     if (rule == LPSGD_RULE_SIGN)
-        return y == 0.0 ? x : x / y;
-    if (y == 0.0)
-        return x;
+        return x / y + 0.0;
     if (y >= 0x1p-1022 && y < 0x1p1022)
-        return x * pow(y, -k->rho64);
+        return x * pow(y, -k->rho64) + 0.0;
     const double root = pow(y, -0.5 * k->rho64);
-    return x * root * root;
+    return x * root * root + 0.0;
 }
 
 /* bfloat16 and float16 by their bits; to float exactly, from float rounded to nearest even. */
@@ -200,6 +228,39 @@ LPSGD_INLINE uint16_t lpsgd_to_bfloat16(float x)
     const uint32_t bits = (uint32_t)lpsgd_bits(x), magnitude = bits & 0x7fffffffu;
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     return (uint16_t)(magnitude > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+/* Spreads the bits of x over 64 (the finalizer of SplitMix64). */
+LPSGD_INLINE uint64_t lpsgd_mix(uint64_t x)
+{
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* A key from a key and a number; different numbers give different keys. */
+LPSGD_INLINE uint64_t lpsgd_key(uint64_t key, uint64_t number)
+{
+    return lpsgd_mix(key + 0x9e3779b97f4a7c15u * (number + 1));
+}
+
+/* 32 random bits for element `index` under a key: three rounds of multiplication (with the constants
+ * of triple32), the first two entered with half of the key each. */
+LPSGD_INLINE uint32_t lpsgd_random(uint64_t key, uint64_t index)
+{
+    uint32_t x = (uint32_t)index ^ (uint32_t)key;
+    x = (x ^ x >> 17) * 0xed5ad4bbu;
+    x ^= (uint32_t)(key >> 32) + (uint32_t)(index >> 32) * 0x9e3779b9u;
+    x = (x ^ x >> 11) * 0xac4c1b51u;
+    x = (x ^ x >> 15) * 0x31848babu;
+    return x ^ x >> 14;
+}
+
+/* Rounded up with the probability that the 16 random bits give: mean exactly x. */
+LPSGD_INLINE uint16_t lpsgd_to_bfloat16_stochastic(float x, uint32_t random16)
+{
+    const uint32_t bits = (uint32_t)lpsgd_bits(x), magnitude = bits & 0x7fffffffu;
+    return (uint16_t)(magnitude > 0x7f800000u ? 0x7fc0u : (bits + random16) >> 16);
 }
 
 LPSGD_INLINE float lpsgd_from_float16(uint16_t h)

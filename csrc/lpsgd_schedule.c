@@ -59,6 +59,8 @@ lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper)
         return LPSGD_ERROR_EPS;
     if (!(hyper->pivot > 0.0) || isinf(hyper->pivot))
         return LPSGD_ERROR_PIVOT;
+    if (!(hyper->grad_scale > 0.0) || isinf(hyper->grad_scale))
+        return LPSGD_ERROR_GRAD_SCALE;
     return LPSGD_OK;
 }
 
@@ -79,18 +81,23 @@ lpsgd_status lpsgd_fold(const lpsgd_hyper *hyper, int has_momentum, lpsgd_scalar
 
     const double rho = lpsgd_rho(hyper->p);
     const double step_size = -hyper->lr * pow(hyper->pivot, -1.0 / (hyper->p - 1.0));
-    const int negate = hyper->maximize != 0;
+    const float inverse_scale = (float)(1.0 / hyper->grad_scale);
     k->momentum64 = checked.momentum;
-    k->one_minus_momentum64 = negate ? checked.momentum - 1.0 : 1.0 - checked.momentum;
+    k->one_minus_momentum64 = 1.0 - checked.momentum;
+    k->grad_factor64 = hyper->maximize ? -inverse_scale : inverse_scale;
     const int decays = hyper->weight_decay != 0.0 && hyper->lr != 0.0; /* 0 * INFINITY is NaN */
     k->decay64 = decays ? 1.0 - hyper->lr * hyper->weight_decay : 1.0;
-    k->step_size64 = negate && !has_momentum ? -step_size : step_size;
+    k->step_size64 = step_size;
     k->eps64 = hyper->eps;
     k->rho64 = rho;
 
-    k->rule = rho == 0.0 ? LPSGD_RULE_SGD : rho == 1.0 ? LPSGD_RULE_SIGN : LPSGD_RULE_POWER;
+    k->rule = hyper->lr == 0.0 ? LPSGD_RULE_REST
+              : rho == 0.0     ? LPSGD_RULE_SGD
+              : rho == 1.0     ? LPSGD_RULE_SIGN
+                               : LPSGD_RULE_POWER;
     k->momentum = (float)k->momentum64;
     k->one_minus_momentum = (float)k->one_minus_momentum64;
+    k->grad_factor = (float)k->grad_factor64;
     k->decay = (float)k->decay64;
     k->step_size = (float)k->step_size64;
     k->eps = (float)k->eps64;
@@ -99,6 +106,9 @@ lpsgd_status lpsgd_fold(const lpsgd_hyper *hyper, int has_momentum, lpsgd_scalar
     k->rest = (float)(-rho - (double)head) * 0x1p-23f;
     for (int i = 0; i <= LPSGD_LOG2_DEGREE; i++)
         k->log2[i] = (float)(-rho * log2_coefficient[i]);
+    k->momentum_float32 = hyper->momentum_float32 != 0;
+    k->stochastic_rounding = hyper->stochastic_rounding != 0;
+    k->rounding_key = lpsgd_key(lpsgd_mix(hyper->seed), hyper->step);
     return LPSGD_OK;
 }
 
@@ -119,6 +129,8 @@ const char *lpsgd_status_text(lpsgd_status status)
         return "eps must be >= 0";
     case LPSGD_ERROR_PIVOT:
         return "pivot must be > 0 and finite";
+    case LPSGD_ERROR_GRAD_SCALE:
+        return "grad_scale must be > 0 and finite";
     case LPSGD_ERROR_DTYPE:
         return "dtype must be one of lpsgd_dtype";
     case LPSGD_ERROR_NUMEL:

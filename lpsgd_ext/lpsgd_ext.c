@@ -61,6 +61,8 @@ static int check_hyper(const lpsgd_hyper *hyper)
         return refuse_value("epsilon value", hyper->eps);
     case LPSGD_ERROR_PIVOT:
         return refuse_value("pivot value", hyper->pivot);
+    case LPSGD_ERROR_GRAD_SCALE:
+        return refuse_value("grad_scale", hyper->grad_scale);
     default:
         PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
         return -1;
@@ -104,9 +106,9 @@ static int bump_versions(const torch_api *torch, const tensor_lists *lists)
     return 0;
 }
 
-/* The step of both functions: validate everything, then mutate. */
+/* The step of both functions: validate everything, then mutate, or don't. */
 static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *sequences,
-                      const lpsgd_hyper *hyper)
+                      const lpsgd_hyper *hyper, int mutate)
 {
     const int has_momentum = lists->count > 2;
     buffer_lists buffers = {0};
@@ -122,6 +124,10 @@ static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *se
     }
     if (tensor_lists_read(torch, lists, &buffers))
         goto done;
+    if (!mutate) {
+        result = Py_NewRef(Py_None);
+        goto done;
+    }
     const int threads = get_num_threads(torch);
     if (threads < 0 || bump_versions(torch, lists))
         goto done;
@@ -144,7 +150,9 @@ done:
 }
 
 PyDoc_STRVAR(lpsgd_doc,
-"lpsgd_(params, grads, *, lr, p, weight_decay=0.0, eps=1e-08, pivot=1.0, maximize=False)\n"
+"lpsgd_(params, grads, *, lr, p, weight_decay=0.0, eps=1e-08, pivot=1.0, maximize=False,\n"
+"       grad_scale=None, found_inf=None, seed=None, step=0, streams=None, offsets=None,\n"
+"       dry_run=False)\n"
 "--\n"
 "\n"
 "One LPSGD step in place (arXiv:2606.02078, eq 21 and 22), for every element:\n"
@@ -163,6 +171,15 @@ PyDoc_STRVAR(lpsgd_doc,
 "    eps: added to |grad|, >= 0.\n"
 "    pivot: the |grad| at which |u| is 1 for every p, > 0; 1 is the paper.\n"
 "    maximize: ascend instead of descend.\n"
+"    grad_scale: what the gradients have been multiplied by, > 0; None for 1.\n"
+"    found_inf: other than 0, everything is checked and nothing changed; None for 0.\n"
+"    seed: None rounds to nearest; an int rounds bfloat16 results up or down at random such that the\n"
+"        mean is exact. The random bits depend on seed, step, stream and the element's index alone.\n"
+"    step: the number of this step.\n"
+"    streams: one int for each parameter, its number in the model; None for 0, 1, ...\n"
+"    offsets: one int for each parameter, the index of its first element in the whole parameter that\n"
+"        it is a shard of; None for zeros.\n"
+"    dry_run: check everything and change nothing.\n"
 "\n"
 "Raises TypeError, ValueError or RuntimeError with the name of the argument and the index; then no\n"
 "tensor has changed. Several threads may call it at once on different tensors; the GIL is released\n"
@@ -170,7 +187,9 @@ PyDoc_STRVAR(lpsgd_doc,
 
 PyDoc_STRVAR(lpsgdm_doc,
 "lpsgdm_(params, grads, momentum_buffers, *, lr, p, momentum=0.9, weight_decay=0.0, eps=1e-08, "
-"pivot=1.0, maximize=False)\n"
+"pivot=1.0, maximize=False,\n"
+"        momentum_float32=False, grad_scale=None, found_inf=None, seed=None, step=0, streams=None,\n"
+"        offsets=None, dry_run=False)\n"
 "--\n"
 "\n"
 "One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element:\n"
@@ -183,49 +202,105 @@ PyDoc_STRVAR(lpsgdm_doc,
 "    momentum_buffers: one tensor for each parameter, of its shape, dtype and strides, zeros before\n"
 "        the first step. Updated in place.\n"
 "    momentum: 0 <= momentum < 1.\n"
+"    momentum_float32: the momentum buffers of bfloat16 and float16 parameters are float32.\n"
 "\n"
 "The other arguments, the errors and what it says of threads are those of lpsgd_.");
+
+static int refuse_argument(const char *function, const char *name, const char *what)
+{
+    PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must be %s", function, name, what);
+    return -1;
+}
+
+/* An int modulo 2^64. */
+static int read_integer(const char *function, const char *name, PyObject *object, uint64_t *value)
+{
+    if (!PyLong_Check(object))
+        return refuse_argument(function, name, "int");
+    *value = PyLong_AsUnsignedLongLongMask(object);
+    return 0;
+}
+
+/* A list or tuple of n items, or None, which gives NULL. Borrows. */
+static int read_numbers(const char *function, const char *name, PyObject *object, Py_ssize_t n,
+                        PyObject **sequence)
+{
+    if (object == Py_None)
+        return 0;
+    if (!(PyList_Check(object) || PyTuple_Check(object)) || PySequence_Size(object) != n)
+        return refuse_argument(function, name, "list or tuple of one int for each parameter");
+    *sequence = object;
+    return 0;
+}
 
 static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwargs,
                                 int has_momentum)
 {
-    static char *lpsgd_names[] = {"params",       "grads", "lr",    "p",
-                                  "weight_decay", "eps",   "pivot", "maximize", NULL};
-    static char *lpsgdm_names[] = {"params",   "grads",        "momentum_buffers", "lr",    "p",
-                                   "momentum", "weight_decay", "eps",              "pivot", "maximize",
-                                   NULL};
+    static char *lpsgd_names[] = {"params",    "grads",      "lr",        "p",       "weight_decay",
+                                  "eps",       "pivot",      "maximize",  "grad_scale", "found_inf",
+                                  "seed",      "step",       "streams",   "offsets", "dry_run",
+                                  NULL};
+    static char *lpsgdm_names[] = {"params",     "grads",    "momentum_buffers", "lr",
+                                   "p",          "weight_decay", "eps",          "pivot",
+                                   "maximize",   "grad_scale", "found_inf",      "seed",
+                                   "step",       "streams",  "offsets",          "dry_run",
+                                   "momentum",   "momentum_float32", NULL};
+    const char *function = has_momentum ? "lpsgdm_" : "lpsgd_";
     tensor_lists lists = {
-        .function = has_momentum ? "lpsgdm_" : "lpsgd_",
+        .function = function,
         .count = has_momentum ? 3 : 2,
         .name = {"params", "grads", "momentum_buffers"},
         .written = {1, 0, 1},
     };
     PyObject *sequence[MAX_LISTS] = {NULL}, *lr = NULL, *p = NULL, *momentum = NULL,
-             *weight_decay = NULL, *eps = NULL, *pivot = NULL;
-    lpsgd_hyper hyper = {.momentum = has_momentum ? 0.9 : 0.0, .eps = 1e-8, .pivot = 1.0};
+             *weight_decay = NULL, *eps = NULL, *pivot = NULL, *grad_scale = Py_None,
+             *found_inf = Py_None, *seed = Py_None, *rounding_step = NULL, *streams = Py_None,
+             *offsets = Py_None;
+    lpsgd_hyper hyper = {
+        .momentum = has_momentum ? 0.9 : 0.0, .eps = 1e-8, .pivot = 1.0, .grad_scale = 1.0};
+    double found = 0.0;
+    int dry_run = 0;
     const int parsed =
         has_momentum
-            ? PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|$OOOOOOp:lpsgdm_", lpsgdm_names,
-                                          &sequence[0], &sequence[1], &sequence[2], &lr, &p,
-                                          &momentum, &weight_decay, &eps, &pivot, &hyper.maximize)
-            : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOp:lpsgd_", lpsgd_names,
+            ? PyArg_ParseTupleAndKeywords(
+                  args, kwargs, "OOO|$OOOOOpOOOOOOpOp:lpsgdm_", lpsgdm_names, &sequence[0],
+                  &sequence[1], &sequence[2], &lr, &p, &weight_decay, &eps, &pivot, &hyper.maximize,
+                  &grad_scale, &found_inf, &seed, &rounding_step, &streams, &offsets, &dry_run,
+                  &momentum, &hyper.momentum_float32)
+            : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOpOOOOOOp:lpsgd_", lpsgd_names,
                                           &sequence[0], &sequence[1], &lr, &p, &weight_decay, &eps,
-                                          &pivot, &hyper.maximize);
+                                          &pivot, &hyper.maximize, &grad_scale, &found_inf, &seed,
+                                          &rounding_step, &streams, &offsets, &dry_run);
     if (!parsed)
         return NULL;
     if (!lr || !p) {
         PyErr_Format(PyExc_TypeError, "%s() missing required keyword-only argument: '%s'",
-                     lists.function, lr ? "p" : "lr");
+                     function, lr ? "p" : "lr");
         return NULL;
     }
-    if (read_double(lists.function, "lr", lr, &hyper.lr) ||
-        read_double(lists.function, "p", p, &hyper.p) ||
-        read_double(lists.function, "momentum", momentum, &hyper.momentum) ||
-        read_double(lists.function, "weight_decay", weight_decay, &hyper.weight_decay) ||
-        read_double(lists.function, "eps", eps, &hyper.eps) ||
-        read_double(lists.function, "pivot", pivot, &hyper.pivot))
+    if (read_double(function, "lr", lr, &hyper.lr) || read_double(function, "p", p, &hyper.p) ||
+        read_double(function, "momentum", momentum, &hyper.momentum) ||
+        read_double(function, "weight_decay", weight_decay, &hyper.weight_decay) ||
+        read_double(function, "eps", eps, &hyper.eps) ||
+        read_double(function, "pivot", pivot, &hyper.pivot) ||
+        (grad_scale != Py_None &&
+         read_double(function, "grad_scale", grad_scale, &hyper.grad_scale)) ||
+        (found_inf != Py_None && read_double(function, "found_inf", found_inf, &found)) ||
+        (rounding_step && read_integer(function, "step", rounding_step, &hyper.step)))
         return NULL;
-    return step(state_of(module), &lists, sequence, &hyper);
+    if (seed != Py_None) {
+        hyper.stochastic_rounding = 1;
+        if (read_integer(function, "seed", seed, &hyper.seed))
+            return NULL;
+    }
+    const Py_ssize_t n = PySequence_Size(sequence[0]);
+    if (n < 0)
+        PyErr_Clear(); /* step() says what is wrong */
+    if (read_numbers(function, "streams", streams, n, &lists.streams) ||
+        read_numbers(function, "offsets", offsets, n, &lists.indices))
+        return NULL;
+    lists.momentum_float32 = hyper.momentum_float32;
+    return step(state_of(module), &lists, sequence, &hyper, !dry_run && found == 0.0);
 }
 
 static PyObject *lpsgd(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -356,6 +431,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(torch->tensor_type);
     Py_VISIT(torch->parameter_type);
     Py_VISIT(torch->is_neg);
+    Py_VISIT(torch->is_inference);
+    Py_VISIT(torch->is_inference_mode_enabled);
     Py_VISIT(torch->untyped_storage);
     Py_VISIT(torch->storage_offset);
     Py_VISIT(torch->increment_version);
@@ -370,6 +447,8 @@ static int module_clear(PyObject *module)
     Py_CLEAR(torch->tensor_type);
     Py_CLEAR(torch->parameter_type);
     Py_CLEAR(torch->is_neg);
+    Py_CLEAR(torch->is_inference);
+    Py_CLEAR(torch->is_inference_mode_enabled);
     Py_CLEAR(torch->untyped_storage);
     Py_CLEAR(torch->storage_offset);
     Py_CLEAR(torch->increment_version);

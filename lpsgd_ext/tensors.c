@@ -57,10 +57,12 @@ int torch_api_load(torch_api *torch)
         {&torch->tensor_type, "torch", "Tensor", NULL},
         {&torch->parameter_type, "torch.nn", "Parameter", NULL},
         {&torch->is_neg, "torch", "Tensor", "is_neg"},
+        {&torch->is_inference, "torch", "Tensor", "is_inference"},
         {&torch->untyped_storage, "torch", "Tensor", "untyped_storage"},
         {&torch->storage_offset, "torch", "Tensor", "storage_offset"},
         {&torch->increment_version, "torch.autograd.graph", "increment_version", NULL},
         {&torch->get_num_threads, "torch", "get_num_threads", NULL},
+        {&torch->is_inference_mode_enabled, "torch", "is_inference_mode_enabled", NULL},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         *wanted[i].to =
@@ -178,11 +180,32 @@ static int check_storage(const torch_api *torch, const place *at, PyObject *tens
     return 0;
 }
 
+/* The truth of what `function` answers of the tensor, or of nothing if that is NULL; -1: exception. */
+static int ask(PyObject *function, PyObject *tensor)
+{
+    PyObject *answer = PyObject_CallFunctionObjArgs(function, tensor, NULL);
+    const int truth = answer ? PyObject_IsTrue(answer) : -1;
+    Py_XDECREF(answer);
+    return truth;
+}
+
+/* Sets *inference if it is an inference tensor, which may be written to in inference mode alone. */
+static int check_inference(const torch_api *torch, const place *at, PyObject *tensor, int *inference)
+{
+    *inference = ask(torch->is_inference, tensor);
+    const int enabled = *inference > 0 ? ask(torch->is_inference_mode_enabled, NULL) : 0;
+    if (*inference < 0 || enabled < 0)
+        return refuse_because(at);
+    if (*inference && !enabled)
+        return refuse(at, PyExc_RuntimeError,
+                      "is an inference tensor: Inplace update to inference tensor outside "
+                      "InferenceMode is not allowed");
+    return 0;
+}
+
 static int check_not_negated(const torch_api *torch, const place *at, PyObject *tensor)
 {
-    PyObject *answer = PyObject_CallFunctionObjArgs(torch->is_neg, tensor, NULL);
-    const int negated = answer ? PyObject_IsTrue(answer) : -1;
-    Py_XDECREF(answer);
+    const int negated = ask(torch->is_neg, tensor);
     if (negated < 0)
         return refuse_because(at);
     if (negated)
@@ -203,7 +226,7 @@ typedef struct known_tensor {
  * memory: a storage that shrinks moves. (One that is resized twice may move back; PyTorch's own
  * operations do not notice any resize.) Single elements are always asked for their negative bit,
  * since autograd makes such gradients. Sets *changed and *known if the tensor is another one. */
-static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor,
+static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor, int written,
                        lpsgd_dl_tensor *out, lpsgd_dtype *dtype, int64_t *numel,
                        known_tensor *known, int *changed)
 {
@@ -245,7 +268,10 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
                      known->bytes == found.bytes;
     if (*numel && (!same || *numel == 1) && check_not_negated(torch, at, tensor))
         return -1;
+    int inference = 0;
     if (*numel && !same) {
+        if (written && check_inference(torch, at, tensor, &inference))
+            return -1;
         if (check_storage(torch, at, tensor, *numel, itemsize))
             return -1;
         if (!found.data)
@@ -258,16 +284,23 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
         return refuse(at, PyExc_ValueError, "is not aligned to its element size");
     if (!same) {
         *known = found;
+        if (inference) /* asks again next time */
+            known->tensor = NULL;
         *changed = 1;
     }
     return 0;
 }
 
-/* `other` must match the parameter of the same index element for element. */
-static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsgd_dl_tensor *other)
+/* `other` must match the parameter of the same index element for element. `float32`: it is float32
+ * where the parameter is of a half type. */
+static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsgd_dl_tensor *other,
+                       int float32)
 {
-    if (memcmp(&param->dtype, &other->dtype, sizeof param->dtype) != 0)
-        return refuse(at, PyExc_TypeError, "differs from the parameter in dtype");
+    static const lpsgd_dl_dtype single = {LPSGD_DL_FLOAT, 32, 1};
+    const lpsgd_dl_dtype *expected = float32 && param->dtype.bits == 16 ? &single : &param->dtype;
+    if (memcmp(expected, &other->dtype, sizeof *expected) != 0)
+        return refuse(at, PyExc_TypeError,
+                      expected == &single ? "is not float32" : "differs from the parameter in dtype");
     if (param->ndim != other->ndim)
         return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
     for (int d = 0; d < param->ndim; d++)
@@ -413,6 +446,26 @@ static int check_read(const tensor_lists *lists, const checked_lists *checked)
     return 0;
 }
 
+/* The int of a parameter in `sequence`, modulo 2^64, or `otherwise` if there is no sequence. */
+static int read_number(const tensor_lists *lists, const char *name, PyObject *sequence,
+                       Py_ssize_t i, uint64_t otherwise, uint64_t *number)
+{
+    *number = otherwise;
+    if (!sequence)
+        return 0;
+    PyObject *object = PySequence_GetItem(sequence, i);
+    if (object) {
+        *number = PyLong_AsUnsignedLongLongMask(object);
+        Py_DECREF(object);
+    }
+    if (PyErr_Occurred()) {
+        PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must have an int for each parameter",
+                     lists->function, name);
+        return -1;
+    }
+    return 0;
+}
+
 static int check_lengths(const tensor_lists *lists)
 {
     const Py_ssize_t n = PyTuple_Size(lists->tuple[0]);
@@ -451,25 +504,33 @@ int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists 
     checked->complete = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
         lpsgd_dl_tensor tensor[MAX_LISTS];
-        lpsgd_dtype dtype = LPSGD_FLOAT32;
+        lpsgd_dtype dtype = LPSGD_FLOAT32, of_param = LPSGD_FLOAT32;
         int64_t numel = 0;
+        uint64_t stream, index;
         for (int j = 0; j < lists->count; j++) {
             const place at = {lists->function, lists->name[j], i};
             PyObject *object = PyTuple_GetItem(lists->tuple[j], i);
             int changed = 0;
             if (!object ||
-                read_tensor(torch, &at, object, &tensor[j], &dtype, &numel,
+                read_tensor(torch, &at, object, lists->written[j], &tensor[j], &dtype, &numel,
                             &checked->known[i * lists->count + j], &changed) ||
-                (j > 0 && check_match(&at, &tensor[0], &tensor[j])))
+                (j > 0 &&
+                 check_match(&at, &tensor[0], &tensor[j], j == 2 && lists->momentum_float32)))
                 goto done;
             written_changed |= changed && lists->written[j];
+            of_param = j ? of_param : dtype;
         }
+        if (read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
+            read_number(lists, "offsets", lists->indices, i, 0, &index))
+            goto done;
         if (numel)
-            buffers->of_dtype[dtype][buffers->count[dtype]++] = (lpsgd_buffer){
+            buffers->of_dtype[of_param][buffers->count[of_param]++] = (lpsgd_buffer){
                 .param = tensor[0].data,
                 .grad = tensor[1].data,
                 .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
                 .numel = numel,
+                .stream = stream,
+                .index = index,
             };
     }
     checked->complete = complete && !written_changed;

@@ -16,8 +16,8 @@ enum { DTYPE_COUNT = 4, MAX_LISTS = 3, RECENT_COUNT = 8 };
 /* What the module keeps of PyTorch, and of the calls before; one per module object. */
 typedef struct torch_api {
     PyObject *tensor_type, *parameter_type;
-    PyObject *is_neg, *untyped_storage, *storage_offset; /* methods of torch.Tensor */
-    PyObject *increment_version, *get_num_threads;
+    PyObject *is_neg, *is_inference, *untyped_storage, *storage_offset; /* of torch.Tensor */
+    PyObject *increment_version, *get_num_threads, *is_inference_mode_enabled;
     const lpsgd_dl_api *dlpack;
     struct checked_lists *recent[RECENT_COUNT]; /* NULL where free */
 } torch_api;
@@ -27,9 +27,11 @@ typedef struct torch_api {
 typedef struct tensor_lists {
     const char *function; /* for messages */
     int count;
+    int momentum_float32; /* momentum buffers of bfloat16 and float16 parameters are float32 */
     const char *name[MAX_LISTS];
     int written[MAX_LISTS];
     PyObject *tuple[MAX_LISTS];
+    PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
 } tensor_lists;
 
 /* The non-empty tensors' memory, grouped by dtype: one list for each lpsgd_dtype. */

@@ -81,7 +81,8 @@ def test_signatures_can_be_inspected():
     signature = inspect.signature(lpsgd_ext.lpsgdm_)
     assert list(signature.parameters) == [
         *("params", "grads", "momentum_buffers", "lr", "p", "momentum", "weight_decay"),
-        *("eps", "pivot", "maximize"),
+        *("eps", "pivot", "maximize", "momentum_float32", "grad_scale", "found_inf"),
+        *("seed", "step", "streams", "offsets", "dry_run"),
     ]
     assert signature.parameters["eps"].default == 1e-8
     for name in ("lpsgd_", "rho", "cosine_p", "cpu_capability", "build_info"):

@@ -3,17 +3,22 @@
 that the C kernels refuse, and their peer in the benchmarks.
 
 Equation numbers are those of arXiv:2606.02078. Every function takes parallel lists of tensors, one
-of each per parameter and of its shape, dtype and device. It writes to `params` and
-`momentum_buffers`, never to `grads`, and raises what PyTorch's own operations raise. bfloat16 and
-float16 are computed in float32 with one rounding on store, as in C.
+of each per parameter and of its shape and device; buffers of bfloat16 and float16 parameters may be
+float32. It writes to `params` and `momentum_buffers`, never to `grads`, and raises what PyTorch's
+own operations raise. bfloat16 and float16 are computed in float32 with one rounding on store, as in
+C.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import lpsgd_ext
 
-_HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+_LOW_32 = 0xFFFFFFFF
 
 
 def _smallest(dtype: torch.dtype) -> float:
@@ -23,22 +28,70 @@ def _smallest(dtype: torch.dtype) -> float:
 
 
 def _direction(x: Tensor, rho: float, eps: float) -> Tensor:
-    """u of eq 21 and 24: x / (|x| + eps)^rho, and 0 for x = 0."""
+    """u of eq 21 and 24: x / (|x| + eps)^rho, and 0 (never -0, as in C) for x = 0."""
     if rho == 0.0:
-        return x
+        return x + 0.0
     y = x.abs().add_(eps).clamp_min_(_smallest(x.dtype))
-    return x / y.pow_(rho)
+    return (x / y.pow_(rho)).add_(0.0)
 
 
 def _directions(xs: list[Tensor], rho: float, eps: float) -> list[Tensor]:
     """`_direction` of every tensor; all share one dtype."""
     if rho == 0.0:
-        return xs
+        return list(torch._foreach_add(xs, 0.0))
     ys = list(torch._foreach_abs(xs))
     torch._foreach_add_(ys, eps)
     torch._foreach_clamp_min_(ys, _smallest(ys[0].dtype))
     torch._foreach_pow_(ys, rho)
-    return list(torch._foreach_div(xs, ys))
+    us = list(torch._foreach_div(xs, ys))
+    torch._foreach_add_(us, 0.0)
+    return us
+
+
+def _mix(x: int) -> int:
+    """lpsgd_mix of csrc/lpsgd_element.h."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
+    return x ^ x >> 31
+
+
+def _key(key: int, number: int) -> int:
+    """lpsgd_key of csrc/lpsgd_element.h."""
+    return _mix(key + 0x9E3779B97F4A7C15 * (number + 1) & (1 << 64) - 1)
+
+
+def random_bits(param: Tensor, seed: int, step: int, stream: int, offset: int) -> Tensor:
+    """32 random bits for every element of `param`, as int64: lpsgd_random of csrc/lpsgd_element.h.
+
+    The elements are numbered from `offset` on in the order of the strides: as they lie in memory.
+    """
+    key = _key(_key(_mix(seed & (1 << 64) - 1), step & (1 << 64) - 1), stream & (1 << 64) - 1)
+    bits = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
+    order = sorted(range(bits.dim()), key=lambda d: (bits.stride(d), bits.size(d)), reverse=True)
+    in_order = bits.permute(order)
+    index = torch.arange(offset, offset + param.numel(), device=param.device)
+    in_order.copy_(index.view(in_order.shape))
+    x = bits & _LOW_32 ^ key & _LOW_32
+    x = (x ^ x >> 17) * 0xED5AD4BB & _LOW_32
+    x ^= (bits >> 32) * 0x9E3779B9 + (key >> 32) & _LOW_32
+    x = (x ^ x >> 11) * 0xAC4C1B51 & _LOW_32
+    x = (x ^ x >> 15) * 0x31848BAB & _LOW_32
+    return x ^ x >> 14
+
+
+def _store(to: Tensor, x: Tensor, random: Tensor | None) -> None:
+    """Rounds float32 `x` into `to`; for 16 random bits up with the probability that they give."""
+    if random is None:
+        to.copy_(x)
+    else:
+        rounded = (x.view(torch.int32) + random.to(torch.int32)) & -0x10000
+        to.copy_(torch.where(x.isnan(), x, rounded.view(torch.float32)))
+
+
+def _grad_factor(grad_scale: float, maximize: bool) -> float:
+    """What gradients are multiplied by: 1 / grad_scale as float32, negated to maximize."""
+    inverse = torch.tensor(1.0 / grad_scale, dtype=torch.float32).item()
+    return -inverse if maximize else inverse
 
 
 def for_loop(
@@ -46,15 +99,23 @@ def for_loop(
     grads: list[Tensor],
     momentum_buffers: list[Tensor] | None,
     *,
-    lr: float,
+    lr: float | Tensor,
     p: float,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     eps: float = 1e-8,
     pivot: float = 1.0,
     maximize: bool = False,
+    grad_scale: float = 1.0,
+    seed: int | None = None,
+    step: int = 0,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> None:
     """One step, parameter by parameter; `momentum_buffers=None` is LPSGD, else LPSGDM.
+
+    It can be differentiated with respect to everything but p. `grad_scale` and what follows are
+    those of `lpsgd_ext.lpsgd_`.
 
     Example:
         >>> param, grad, buffer = torch.zeros(2), torch.tensor([8.0, -1.0]), torch.zeros(2)
@@ -64,27 +125,36 @@ def for_loop(
     """
     rho = lpsgd_ext.rho(p)
     step_size = lr * pivot ** (-1.0 / (p - 1.0))
+    factor = _grad_factor(grad_scale, maximize)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         buffer = momentum_buffers[i] if momentum_buffers is not None else None
         if param.is_complex():
             param, grad = torch.view_as_real(param), torch.view_as_real(grad)
             buffer = torch.view_as_real(buffer) if buffer is not None else None
-        half = param.dtype in _HALF
-        x = -grad if maximize else grad
-        w = param
-        if half:
-            x, w = x.float(), w.float()
+        half = param.dtype in HALF_DTYPES
+        w = param.float() if half else param
+        random = None
+        if seed is not None and param.dtype == torch.bfloat16:
+            stream, offset = streams[i] if streams else i, offsets[i] if offsets else 0
+            random = random_bits(param, seed, step, stream, offset)
+        x = grad.to(w.dtype)
+        if factor != 1.0:
+            x = x * factor
         if buffer is not None:  # eq 23
-            m = buffer.float() if half else buffer
+            m = buffer.to(w.dtype)
             x = m.mul_(momentum).add_(x, alpha=1.0 - momentum)
+            if m is not buffer:
+                _store(buffer, m, None if random is None else random >> 16)
+        if isinstance(lr, Tensor) or lr != 0.0:
+            u = _direction(x, rho, eps)  # eq 21, 24
+            if weight_decay != 0.0:  # eq 25
+                w.mul_(1.0 - lr * weight_decay)
+            if isinstance(step_size, Tensor):  # eq 22, 25
+                w.addcmul_(u, step_size.to(w.dtype), value=-1.0)
+            else:
+                w.add_(u, alpha=-step_size)
             if half:
-                buffer.copy_(m)
-        u = _direction(x, rho, eps)  # eq 21, 24
-        if weight_decay != 0.0:  # eq 25
-            w.mul_(1.0 - lr * weight_decay)
-        w.add_(u, alpha=-step_size)  # eq 22, 25
-        if half:
-            param.copy_(w)
+                _store(param, w, None if random is None else random & 0xFFFF)
 
 
 def foreach(
@@ -92,13 +162,14 @@ def foreach(
     grads: list[Tensor],
     momentum_buffers: list[Tensor] | None,
     *,
-    lr: float,
+    lr: float | Tensor,
     p: float,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     eps: float = 1e-8,
     pivot: float = 1.0,
     maximize: bool = False,
+    grad_scale: float = 1.0,
 ) -> None:
     """One step by `torch._foreach_*` over whole lists, which share one real dtype and one device.
 
@@ -112,21 +183,27 @@ def foreach(
         return
     rho = lpsgd_ext.rho(p)
     step_size = lr * pivot ** (-1.0 / (p - 1.0))
-    half = params[0].dtype in _HALF
-    xs = [grad.float() for grad in grads] if half else grads
+    half = params[0].dtype in HALF_DTYPES
     ws = [param.float() for param in params] if half else params
-    if maximize:
-        xs = list(torch._foreach_neg(xs))
+    factor = _grad_factor(grad_scale, maximize)
+    xs = [grad.to(ws[0].dtype) for grad in grads]
+    if factor != 1.0:
+        xs = list(torch._foreach_mul(xs, factor))
     if momentum_buffers is not None:  # eq 23
-        ms = [buffer.float() for buffer in momentum_buffers] if half else momentum_buffers
+        ms = [buffer.to(ws[0].dtype) for buffer in momentum_buffers]
         torch._foreach_mul_(ms, momentum)
         torch._foreach_add_(ms, xs, alpha=1.0 - momentum)
         xs = ms
         if half:
             torch._foreach_copy_(momentum_buffers, ms)
+    if not isinstance(lr, Tensor) and lr == 0.0:
+        return
     us = _directions(xs, rho, eps)  # eq 21, 24
     if weight_decay != 0.0:  # eq 25
         torch._foreach_mul_(ws, 1.0 - lr * weight_decay)
-    torch._foreach_add_(ws, us, alpha=-step_size)  # eq 22, 25
+    if isinstance(step_size, Tensor):  # eq 22, 25
+        torch._foreach_sub_(ws, torch._foreach_mul(us, step_size))
+    else:
+        torch._foreach_add_(ws, us, alpha=-step_size)
     if half:
         torch._foreach_copy_(params, ws)

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: MIT
 """The classes: bookkeeping in torch.optim's style around the steps of lpsgd_ext and _eager."""
 
+import itertools
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import groupby
-from typing import Any, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT, _get_capturable_supported_devices
 
 import lpsgd_ext
 
-from . import _eager
+from . import _eager, _shards
 
 _States = deque[tuple[Tensor, dict[str, Any]]]
+_Lists = list[list[Tensor]]
 
-_NATIVE_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -30,28 +34,47 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def _check_values(values: dict[str, Any]) -> None:
-    """Raises, naming the argument, for a hyper-parameter that is out of range or no number."""
+    """Raises, naming the argument, for a value of a group that no step can use."""
     for name, (text, in_range) in _RANGES.items():
         if name not in values:
             continue
         value = values[name]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element")
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            continue  # to look at it would wait for the device
         try:
             valid = in_range(value)
         except TypeError:
             raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
         if not valid:
             raise ValueError(f"Invalid {text}: {value}")
+    if values.get("momentum_dtype") not in (None, torch.float32):
+        raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
+    if not isinstance(values["seed"], int):
+        raise TypeError(f"seed must be an int, not {type(values['seed']).__name__}")
     if values["fused"] and values["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    for name in ("fused", "foreach", "stochastic_rounding"):
+        if values["differentiable"] and values[name]:
+            raise RuntimeError(f"`{name}` does not support `differentiable`")
 
 
-def _has_native_memory(param: Tensor, other: Tensor) -> bool:
-    """Whether `other`'s elements lie in memory as `param`'s do, as the C kernels need it."""
-    return (
-        type(other) in _NATIVE_TYPES
-        and other.layout == torch.strided
-        and not other.is_neg()
-        and other.stride() == param.stride()
+class _Row(NamedTuple):
+    """One parameter, or a piece of it, in a step; `stream` and `offset` as for lpsgd_ext.lpsgd_."""
+
+    tensors: tuple[Tensor, ...]  # the parameter, its gradient and what the state holds
+    stream: int
+    offset: int = 0
+
+
+def _observed() -> bool:
+    """Whether something other than a device context watches PyTorch's operations."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return True
+    return any(
+        not isinstance(torch._C._get_function_stack_at(i), torch.utils._device.DeviceContext)
+        for i in range(torch._C._len_torch_function_stack())
     )
 
 
@@ -66,6 +89,17 @@ def _is_native(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
+def _has_native_memory(param: Tensor, other: Tensor) -> bool:
+    """Whether `other`'s elements lie in memory as `param`'s do, as the C kernels need it."""
+    return (
+        type(other) in _PLAIN_TYPES
+        and other.layout == torch.strided
+        and not other.is_neg()
+        and other.stride() == param.stride()
+        and (other.dtype == param.dtype or other.dtype == torch.float32)
+    )
+
+
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory in some order of the dimensions."""
     extent = 1
@@ -76,71 +110,228 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _check_eager(tensors: tuple[Tensor, ...]) -> None:
-    """What PyTorch's own operations would not refuse, but broadcast or convert."""
-    param, *others = tensors
-    if any(tensor.is_sparse for tensor in tensors):
-        raise RuntimeError("LPSGD and LPSGDM do not support sparse tensors")
-    for other in others:
-        if other.shape != param.shape or other.dtype != param.dtype:
-            raise RuntimeError(
-                f"gradient and momentum_buffer must have the parameter's shape and dtype, "
-                f"{tuple(param.shape)} and {param.dtype}, "
-                f"but got {tuple(other.shape)} and {other.dtype}"
+def _is_out_of_bounds(tensor: Tensor) -> bool:
+    """Whether the tensor reaches beyond its storage, which PyTorch's operations don't notice."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return False
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return end > tensor.untyped_storage().nbytes()
+
+
+def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
+    """What PyTorch's own operations would not refuse, or only after some have been made."""
+    param, grad, *buffers = tensors
+    plain = type(param) in _PLAIN_TYPES
+    for buffer in buffers:
+        if not isinstance(buffer, Tensor) or (plain and type(buffer) not in _PLAIN_TYPES):
+            raise TypeError(
+                f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
             )
-        if other.device != param.device:
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        raise RuntimeError("LPSGD and LPSGDM do not support sparse tensors")
+    for tensor in tensors[1:]:
+        if tensor.shape != param.shape:
+            raise RuntimeError(
+                f"gradient and momentum_buffer must have the parameter's shape, "
+                f"{tuple(param.shape)}, but got {tuple(tensor.shape)}"
+            )
+        if tensor.device != param.device:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, "
-                f"but found at least two devices, {param.device} and {other.device}!"
+                f"but found at least two devices, {param.device} and {tensor.device}!"
+            )
+    if grad.is_complex() != param.is_complex():
+        raise RuntimeError(f"a gradient of {grad.dtype} does not fit a parameter of {param.dtype}")
+    for buffer in buffers:
+        expected = _momentum_dtype(param, momentum_float32)
+        if buffer.dtype != expected:
+            raise RuntimeError(f"momentum_buffer must be {expected}, but is {buffer.dtype}")
+    for tensor in (param, *buffers):
+        if torch._debug_has_internal_overlap(tensor) == 1:
+            raise RuntimeError(
+                "unsupported operation: more than one element of the written-to tensor refers to "
+                "a single memory location. Please clone() the tensor before performing the "
+                "operation."
+            )
+    if any(type(tensor) in _PLAIN_TYPES and _is_out_of_bounds(tensor) for tensor in tensors):
+        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
+
+
+def _check_fused(rows: Sequence[_Row]) -> None:
+    """torch.optim's error for `fused=True` where the kind of parameter has no C kernel."""
+    for param in (row.tensors[0] for row in rows):
+        if param.device.type != "cpu" or param.dtype not in _NATIVE_DTYPES:
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of "
+                f"supported devices: ['cpu'] but {param.dtype} and {param.device.type}"
             )
 
 
-def _eager_step(tensors: list[tuple[Tensor, ...]], foreach: bool, values: dict[str, Any]) -> None:
-    """The step in PyTorch's operations; `tensors` has one checked tuple per parameter."""
+def _check_capturable(group: dict[str, Any], params: Sequence[Tensor]) -> None:
+    devices = _get_capturable_supported_devices(supports_xla=False)
+    if group["capturable"] and any(param.device.type not in devices for param in params):
+        raise AssertionError(f"If capturable=True, params must be on supported devices: {devices}.")
 
-    def can_foreach(each: tuple[Tensor, ...]) -> bool:
+
+def _for_eager(group: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a group as _eager takes them: numbers, except where tensors have to stay."""
+    keep = ("lr", "weight_decay") if group["differentiable"] or group["capturable"] else ()
+    return {
+        name: value.item() if isinstance(value, Tensor) and name not in keep else value
+        for name, value in values.items()
+    }
+
+
+def _momentum_dtype(param: Tensor, momentum_float32: bool) -> torch.dtype:
+    """The dtype of the parameter's momentum_buffer."""
+    wide = momentum_float32 and param.dtype in _eager.HALF_DTYPES
+    return torch.float32 if wide else param.dtype
+
+
+def _eager_calls(
+    rows: Iterable[_Row], use_foreach: bool, values: dict[str, Any], rounding: dict[str, int]
+) -> list[Callable[[], None]]:
+    """The step in PyTorch's operations; checks the rows."""
+    values = dict(values)
+    momentum_float32 = values.pop("momentum_float32", False)
+
+    def can_foreach(row: _Row) -> bool:
+        param = row.tensors[0]
         return (
-            foreach
-            and all(type(tensor) in _NATIVE_TYPES for tensor in each)
-            and not each[0].is_complex()
+            use_foreach
+            and all(type(tensor) in _PLAIN_TYPES for tensor in row.tensors)
+            and not param.is_complex()
+            and not (rounding and param.dtype == torch.bfloat16)
         )
 
-    def key(each: tuple[Tensor, ...]) -> tuple[bool, str, str]:
-        return can_foreach(each), str(each[0].device), str(each[0].dtype)
+    def key(row: _Row) -> tuple[bool, str, str]:
+        return can_foreach(row), str(row.tensors[0].device), str(row.tensors[0].dtype)
 
-    for (use_foreach, *_), group in groupby(sorted(tensors, key=key), key=key):
-        step = _eager.foreach if use_foreach else _eager.for_loop
-        lists = [list(column) for column in zip(*group, strict=True)]
-        step(lists[0], lists[1], lists[2] if len(lists) > 2 else None, **values)
+    rows = sorted(rows, key=key)
+    for row in rows:
+        _check_eager(row.tensors, momentum_float32)
+    calls: list[Callable[[], None]] = []
+    for (in_foreach, *_), group in groupby(rows, key=key):
+        same = list(group)
+        params, grads, *buffers = _columns(same)
+        momentum_buffers = buffers[0] if buffers else None
+        if in_foreach:
+            calls.append(partial(_eager.foreach, params, grads, momentum_buffers, **values))
+        else:
+            numbers = {**values, **rounding, **_numbers_of(same)}
+            calls.append(partial(_eager.for_loop, params, grads, momentum_buffers, **numbers))
+    return calls
+
+
+def _numbers_of(rows: Sequence[_Row]) -> dict[str, Any]:
+    return {"streams": [row.stream for row in rows], "offsets": [row.offset for row in rows]}
+
+
+def _columns(rows: Sequence[_Row]) -> _Lists:
+    return [list(column) for column in zip(*(row.tensors for row in rows), strict=True)]
+
+
+def _localize(row: _Row, in_pieces: bool) -> list[_Row]:
+    """A DTensor's row as one of its local shard, or as one for each run of elements that are
+    neighbours in the whole parameter; any other row as it is."""
+    param = row.tensors[0]
+    if not _shards.is_dtensor(param):
+        return [row]
+    tensors = _shards.local_tensors(row.tensors)
+    if not in_pieces or not all(tensor.numel() and tensor.is_contiguous() for tensor in tensors):
+        return [row._replace(tensors=tensors)]
+    length, starts = _shards.runs(param)
+    pieces = zip(*(torch.split(tensor.view(-1), length) for tensor in tensors), strict=True)
+    return [_Row(piece, row.stream, start) for piece, start in zip(pieces, starts, strict=True)]
+
+
+# Running optimizers by a number that a compiled graph can hold.
+_optimizers: weakref.WeakValueDictionary[int, "_LPOptimizer"] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("lpsgd::step_", mutates_args=("params", "momentum_buffers"))
+def _compiled_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    streams: Sequence[int],
+    optimizer: int,
+    group: int,
+) -> None:
+    """The step of one group, as torch.compile sees it. lr, p and the like are read from the group
+    when it runs, so that no graph depends on them."""
+    lists = [list(params), list(grads), list(momentum_buffers)]
+    _optimizers[optimizer]._step_lists([(group, lists, list(streams))])
+
+
+@_compiled_step.register_fake
+def _(*args: Any) -> None:
+    return None
 
 
 class _LPOptimizer(Optimizer):
     """What LPSGD and LPSGDM share."""
 
-    _HYPER: tuple[str, ...]  # the keys of a group that a step takes
+    _HYPER: ClassVar[tuple[str, ...]]  # the keys of a group that a step takes
+    _SGD: ClassVar[dict[str, Any]]  # what torch.optim.SGD needs in a checkpoint besides
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         _check_values(defaults)
         super().__init__(params, defaults)
+        self._register()
+        if defaults["fused"]:
+            self._step_supports_amp_scaling = True
+
+    def _register(self) -> None:
+        self._number = next(_numbers)
+        _optimizers[self._number] = self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_values({**self.defaults, **param_group})
+        if isinstance(param_group, dict):
+            _check_values({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._register()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        for param, buffer in self.__dict__.pop("_loading", ()):
+            dtype = _momentum_dtype(param, momentum_float32=True)
+            self.state[param]["momentum_buffer"] = buffer.to(param.device, dtype)
 
-    def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; the groups have besides what torch.optim.SGD needs to load it."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            for name, value in self._SGD.items():
+                group.setdefault(name, group["momentum"] if value == "momentum" else value)
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
+        with self.register_load_state_dict_pre_hook(lambda _, loaded: self._prepare_load(loaded)):
+            super().load_state_dict(state_dict)
+
+    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
+        """Looks at a state_dict that is being loaded, after all other hooks."""
+
+    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
         """The parameters that have a gradient, their gradients and what the state holds.
 
-        `known` has the states that no earlier group of this step took, in their order.
+        `known` has the states that no earlier group of this step took, in their order. `fresh` gets
+        the parameters whose state is made.
         """
         raise NotImplementedError
 
-    def _native_step(self, lists: list[list[Tensor]], values: dict[str, Any]) -> None:
+    def _traced_buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """What the state holds, in a way that Dynamo can trace."""
+        raise NotImplementedError
+
+    def _native_step(self, lists: _Lists, **values: Any) -> None:
         raise NotImplementedError
 
     @overload
@@ -149,7 +340,6 @@ class _LPOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs a single optimization step.
 
@@ -160,41 +350,131 @@ class _LPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        known: _States = deque(self.state.items())
-        for group in self.param_groups:
-            lists = self._gather(group, known)
-            if lists[0]:
-                self._step_group(group, lists)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if torch.compiler.is_compiling():
+                self._traced_step()
+            else:
+                self._eager_step()
         return loss
 
-    def _step_group(self, group: dict[str, Any], lists: list[list[Tensor]]) -> None:
+    def _traced_step(self) -> None:
+        # By any other way to the groups Dynamo would guard on all their values, lr and p included.
+        groups = vars(self)["param_groups"]
+        # All gradients come before any state: Dynamo guards on the identity of what it reaches
+        # through the keys of the state.
+        streams: list[list[int]] = []
+        lists: list[tuple[list[Tensor], list[Tensor]]] = []
+        first = 0
+        for group in groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            lists.append((params, [param.grad for param in params]))
+            numbered = enumerate(group["params"], first)
+            streams.append([i for i, param in numbered if param.grad is not None])
+            first += len(group["params"])
+        for i, (params, grads) in enumerate(lists):
+            if params:
+                buffers = self._traced_buffers(groups[i], params)
+                _compiled_step(params, grads, buffers, streams[i], self._number, i)
+
+    def _eager_step(self) -> None:
+        if self._found_inf():
+            return
+        known: _States = deque(self.state.items())
+        fresh: list[Tensor] = []
+        gathered: list[tuple[int, _Lists, list[int]]] = []
+        first = 0
+        for i, group in enumerate(self.param_groups):
+            lists = self._gather(group, known, fresh)
+            streams: list[int] = []
+            if group["stochastic_rounding"]:
+                numbered = enumerate(group["params"], first)
+                streams = [i for i, param in numbered if param.grad is not None]
+            first += len(group["params"])
+            if lists[0]:
+                gathered.append((i, lists, streams))
+        self._step_lists(gathered, fresh)
+
+    def _found_inf(self) -> bool:
+        """Whether torch.amp.GradScaler found a gradient that is not finite."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf != 0)
+
+    def _step_lists(
+        self, gathered: list[tuple[int, _Lists, list[int]]], fresh: Sequence[Tensor] = ()
+    ) -> None:
+        """Steps groups, given by their indices: checks all of them, then writes."""
+        if self._found_inf():
+            return
+        calls: list[Callable[[], None]] = []
+        try:
+            for i, lists, streams in gathered:
+                calls += self._calls(self.param_groups[i], lists, streams, len(gathered) == 1)
+        except BaseException:
+            for param in fresh:
+                del self.state[param]["momentum_buffer"]
+                if not self.state[param]:
+                    del self.state[param]
+            raise
+        for call in calls:
+            call()
+        for i, *_ in gathered:
+            if self.param_groups[i]["stochastic_rounding"]:
+                self.param_groups[i]["rounding_step"] += 1
+
+    def _calls(
+        self, group: dict[str, Any], lists: _Lists, streams: list[int], alone: bool
+    ) -> list[Callable[[], None]]:
+        """The calls that make a group's step, all of whose tensors are checked here. `alone`: there
+        is no other group; then the step may have been made already."""
         values = {name: group[name] for name in self._HYPER}
-        fused, foreach = group["fused"], group["foreach"]
-        if fused or (fused is None and foreach is None):
+        grad_scale = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            values["grad_scale"] = grad_scale
+        if group.get("momentum_dtype") is not None:
+            values["momentum_float32"] = True
+        stochastic = group["stochastic_rounding"]
+        rounding = {}
+        if stochastic:
+            rounding = {"seed": group["seed"], "step": group.setdefault("rounding_step", 0)}
+        fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
+        in_c = fused or (
+            fused is None and foreach is None and not differentiable and not _observed()
+        )
+        refusal = None
+        if in_c:
+            numbers: dict[str, Any] = {"streams": streams} if stochastic else {}
+            native = partial(self._native_step, lists, **values, **rounding, **numbers)
             try:
-                self._native_step(lists, values)
-                return
-            except (TypeError, ValueError, RuntimeError):
-                if fused:
-                    raise
-                _check_values(group)
-                tensors = list(zip(*lists, strict=True))
-                native = [each for each in tensors if _is_native(each)]
-                eager = [each for each in tensors if not _is_native(each)]
-                if not eager:
-                    raise
-            # Nothing has been written so far. What C refuses goes to PyTorch's operations.
-            for each in eager:
-                _check_eager(each)
-            if native:
-                self._native_step([list(column) for column in zip(*native, strict=True)], values)
-            _eager_step(eager, True, values)
-        else:
-            _check_values(group)
-            tensors = list(zip(*lists, strict=True))
-            for each in tensors:
-                _check_eager(each)
-            _eager_step(tensors, bool(foreach), values)
+                native(dry_run=not alone)
+                return [] if alone else [native]
+            except (TypeError, ValueError, RuntimeError) as error:
+                refusal = error
+        # Nothing has been written so far. What C refuses goes to PyTorch's operations.
+        _check_values(group)
+        _check_capturable(group, lists[0])
+        rows = [
+            piece
+            for i, tensors in enumerate(zip(*lists, strict=True))
+            for piece in _localize(_Row(tensors, streams[i] if stochastic else i), stochastic)
+        ]
+        native_rows = [row for row in rows if in_c and _is_native(row.tensors)]
+        others = [row for row in rows if not (in_c and _is_native(row.tensors))]
+        if fused and others:
+            _check_fused(others)
+            assert refusal is not None
+            raise refusal
+        calls: list[Callable[[], None]] = []
+        if native_rows:
+            numbers = {**rounding, **_numbers_of(native_rows)}
+            native = partial(self._native_step, _columns(native_rows), **values, **numbers)
+            native(dry_run=True)
+            calls.append(native)
+        use_foreach = bool(foreach) or (foreach is None and fused is None and not differentiable)
+        calls += _eager_calls(others, use_foreach, _for_eager(group, values), rounding)
+        written = [tensor for column in lists[::2] for tensor in column]
+        if any(_shards.is_dtensor(tensor) for tensor in written):
+            calls.append(partial(torch.autograd.graph.increment_version, written))
+        return calls
 
 
 class LPSGD(_LPOptimizer):
@@ -244,6 +524,7 @@ class LPSGD(_LPOptimizer):
     """
 
     _HYPER = ("lr", "p", "weight_decay", "eps", "pivot", "maximize")
+    _SGD: ClassVar[dict[str, Any]] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
 
     def __init__(
         self,
@@ -256,7 +537,11 @@ class LPSGD(_LPOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -266,15 +551,22 @@ class LPSGD(_LPOptimizer):
             "pivot": pivot,
             "maximize": maximize,
             "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
             "fused": fused,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
-    def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
         params = [param for param in group["params"] if param.grad is not None]
         return [params, [param.grad for param in params]]
 
-    def _native_step(self, lists: list[list[Tensor]], values: dict[str, Any]) -> None:
+    def _traced_buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        return []
+
+    def _native_step(self, lists: _Lists, **values: Any) -> None:
         lpsgd_ext.lpsgd_(lists[0], lists[1], **values)
 
 
@@ -312,6 +604,7 @@ class LPSGDM(_LPOptimizer):
     """
 
     _HYPER = ("lr", "p", "momentum", "weight_decay", "eps", "pivot", "maximize")
+    _SGD: ClassVar[dict[str, Any]] = {"dampening": "momentum", "nesterov": False}
 
     def __init__(
         self,
@@ -325,7 +618,12 @@ class LPSGDM(_LPOptimizer):
         *,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
+        momentum_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -336,11 +634,34 @@ class LPSGDM(_LPOptimizer):
             "pivot": pivot,
             "maximize": maximize,
             "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
             "fused": fused,
+            "momentum_dtype": momentum_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         super().__init__(params, defaults)
 
-    def _gather(self, group: dict[str, Any], known: _States) -> list[list[Tensor]]:
+    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
+        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
+        loading = []
+        for i, (number, param) in enumerate(zip(saved, params, strict=False)):
+            state = state_dict["state"].get(number)
+            if state is None:
+                continue
+            if "momentum_buffer" not in state:
+                raise ValueError(
+                    f"loaded state dict has no momentum_buffer in the state of parameter {i}: it "
+                    "is no checkpoint of LPSGDM or SGD"
+                )
+            buffer = state["momentum_buffer"]
+            if isinstance(buffer, Tensor) and buffer.dtype == torch.float32 != param.dtype:
+                loading.append((param, buffer))
+        self._loading = loading
+
+    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
         params, grads, momentum_buffers = [], [], []
         for param in group["params"]:
             # A look-up calls Tensor.__hash__, which is slow; most states come in order.
@@ -353,12 +674,25 @@ class LPSGDM(_LPOptimizer):
                 state = self.state[param]
             buffer = state.get("momentum_buffer")
             if buffer is None:
-                buffer = torch.zeros_like(param, memory_format=torch.preserve_format)
+                buffer = _new_buffer(group, param)
                 state["momentum_buffer"] = buffer
+                fresh.append(param)
             params.append(param)
             grads.append(grad)
             momentum_buffers.append(buffer)
         return [params, grads, momentum_buffers]
 
-    def _native_step(self, lists: list[list[Tensor]], values: dict[str, Any]) -> None:
+    def _traced_buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        states = [self.state[param] for param in params]
+        for param, state in zip(params, states, strict=True):
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = _new_buffer(group, param)
+        return [state["momentum_buffer"] for state in states]
+
+    def _native_step(self, lists: _Lists, **values: Any) -> None:
         lpsgd_ext.lpsgdm_(lists[0], lists[1], lists[2], **values)
+
+
+def _new_buffer(group: dict[str, Any], param: Tensor) -> Tensor:
+    dtype = _momentum_dtype(param, group["momentum_dtype"] is not None)
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)

@@ -20,6 +20,13 @@ def lpsgd_(
     eps: SupportsFloat = 1e-8,
     pivot: SupportsFloat = 1.0,
     maximize: bool = False,
+    grad_scale: SupportsFloat | None = None,
+    found_inf: SupportsFloat | None = None,
+    seed: int | None = None,
+    step: int = 0,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    dry_run: bool = False,
 ) -> None: ...
 def lpsgdm_(
     params: Sequence[Tensor],
@@ -33,6 +40,14 @@ def lpsgdm_(
     eps: SupportsFloat = 1e-8,
     pivot: SupportsFloat = 1.0,
     maximize: bool = False,
+    momentum_float32: bool = False,
+    grad_scale: SupportsFloat | None = None,
+    found_inf: SupportsFloat | None = None,
+    seed: int | None = None,
+    step: int = 0,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    dry_run: bool = False,
 ) -> None: ...
 def rho(p: SupportsFloat) -> float: ...
 def cosine_p(

@@ -87,9 +87,22 @@ static inline void store_bits(void *buffer, float_format f, int64_t i, uint64_t 
         ((uint64_t *)buffer)[i] = bits;
 }
 
+/* The element types of a list. */
+typedef struct test_kind {
+    lpsgd_dtype dtype, momentum_dtype;
+} test_kind;
+
+/* The first four have one dtype each, in the order of lpsgd_dtype. */
+enum { kind_count = 6 };
+static const test_kind kinds[kind_count] = {
+    {LPSGD_FLOAT32, LPSGD_FLOAT32},   {LPSGD_FLOAT64, LPSGD_FLOAT64},
+    {LPSGD_BFLOAT16, LPSGD_BFLOAT16}, {LPSGD_FLOAT16, LPSGD_FLOAT16},
+    {LPSGD_BFLOAT16, LPSGD_FLOAT32},  {LPSGD_FLOAT16, LPSGD_FLOAT32},
+};
+
 /* A list of buffers that lie in one piece of memory, each between guard zones. */
 typedef struct test_list {
-    lpsgd_dtype dtype;
+    test_kind kind;
     int64_t count;
     lpsgd_buffer *buffers;
     unsigned char *memory;
@@ -101,10 +114,10 @@ enum { guard_size = 64, guard_byte = 0xa5 };
 /* Lays out and fills one of the three arrays of a buffer, at any multiple of the element's size and
  * between two guard zones. `first` is the place of its element 0 in the list laid end to end: an
  * element depends on the seed and that place, not on how the list is cut. */
-static inline void *place_array(test_list *list, int64_t numel, unsigned awkward, uint64_t seed,
-                                int64_t first)
+static inline void *place_array(test_list *list, lpsgd_dtype dtype, int64_t numel,
+                                unsigned awkward, uint64_t seed, int64_t first)
 {
-    const float_format f = format_of(list->dtype);
+    const float_format f = format_of(dtype);
     unsigned char *array = list->memory + list->size + guard_size;
     array += (size_t)(first % 16 * f.size);
     for (int64_t i = 0; i < numel; i++) {
@@ -115,10 +128,11 @@ static inline void *place_array(test_list *list, int64_t numel, unsigned awkward
     return array;
 }
 
-static inline test_list make_list(lpsgd_dtype dtype, const int64_t *numel, int64_t count,
+/* The buffers are the pieces of one parameter: stream 5, index as laid end to end. */
+static inline test_list make_list(test_kind kind, const int64_t *numel, int64_t count,
                                   unsigned awkward, uint64_t seed)
 {
-    test_list list = {.dtype = dtype, .count = count};
+    test_list list = {.kind = kind, .count = count};
     size_t most = 0;
     int64_t first = 0;
     for (int64_t i = 0; i < count; i++)
@@ -131,9 +145,12 @@ static inline test_list make_list(lpsgd_dtype dtype, const int64_t *numel, int64
     for (int64_t i = 0; i < count; first += numel[i], i++) {
         lpsgd_buffer *b = &list.buffers[i];
         b->numel = numel[i];
-        b->param = place_array(&list, numel[i], awkward, 3 * seed, first);
-        b->grad = place_array(&list, numel[i], awkward, 3 * seed + 1, first);
-        b->momentum_buffer = place_array(&list, numel[i], awkward, 3 * seed + 2, first);
+        b->stream = 5;
+        b->index = (uint64_t)first;
+        b->param = place_array(&list, kind.dtype, numel[i], awkward, 3 * seed, first);
+        b->grad = place_array(&list, kind.dtype, numel[i], awkward, 3 * seed + 1, first);
+        b->momentum_buffer =
+            place_array(&list, kind.momentum_dtype, numel[i], awkward, 3 * seed + 2, first);
     }
     return list;
 }
@@ -171,23 +188,25 @@ static inline test_list copy_list(const test_list *from)
 static inline lpsgd_status step_list(test_list *list, const lpsgd_hyper *hyper, int has_momentum,
                                      int num_threads)
 {
-    return (has_momentum ? lpsgdm_step : lpsgd_step)(list->buffers, list->count, list->dtype, hyper,
-                                                     num_threads);
+    lpsgd_hyper of_kind = *hyper;
+    of_kind.momentum_float32 = list->kind.momentum_dtype == LPSGD_FLOAT32;
+    return (has_momentum ? lpsgdm_step : lpsgd_step)(list->buffers, list->count, list->kind.dtype,
+                                                     &of_kind, num_threads);
 }
 
 /* Gives every NaN of param and momentum_buffer the same bits. */
 static inline void canonicalize_nan(test_list *list)
 {
-    const float_format f = format_of(list->dtype);
-    const uint64_t infinity = infinity_of(f);
-    const uint64_t magnitude = infinity | ((UINT64_C(1) << f.mantissa_bits) - 1);
-    for (int64_t b = 0; b < list->count; b++)
-        for (int64_t i = 0; i < list->buffers[b].numel; i++) {
-            if ((load_bits(list->buffers[b].param, f, i) & magnitude) > infinity)
-                store_bits(list->buffers[b].param, f, i, magnitude);
-            if ((load_bits(list->buffers[b].momentum_buffer, f, i) & magnitude) > infinity)
-                store_bits(list->buffers[b].momentum_buffer, f, i, magnitude);
-        }
+    for (int64_t b = 0; b < 2 * list->count; b++) {
+        const lpsgd_buffer *buffer = &list->buffers[b / 2];
+        const float_format f = format_of(b % 2 ? list->kind.momentum_dtype : list->kind.dtype);
+        const uint64_t infinity = infinity_of(f);
+        const uint64_t magnitude = infinity | ((UINT64_C(1) << f.mantissa_bits) - 1);
+        void *array = b % 2 ? buffer->momentum_buffer : buffer->param;
+        for (int64_t i = 0; i < buffer->numel; i++)
+            if ((load_bits(array, f, i) & magnitude) > infinity)
+                store_bits(array, f, i, magnitude);
+    }
 }
 
 /* Whether every byte is the same: params, momentum buffers, gradients and guard zones. */

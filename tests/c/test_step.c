@@ -15,9 +15,15 @@
 
 enum { few_awkward = 4, many_awkward = 512 }; /* of 4096 elements */
 
-static const lpsgd_dtype dtypes[] = {LPSGD_FLOAT32, LPSGD_FLOAT64, LPSGD_BFLOAT16, LPSGD_FLOAT16};
 static const lpsgd_hyper usual = {
-    .lr = 0.01, .p = 6.0, .momentum = 0.9, .weight_decay = 0.1, .eps = 1e-8, .pivot = 1.0};
+    .lr = 0.01,
+    .p = 6.0,
+    .momentum = 0.9,
+    .weight_decay = 0.1,
+    .eps = 1e-8,
+    .pivot = 1.0,
+    .grad_scale = 1.0,
+};
 
 /* The slow driver that judges the fast ones. */
 
@@ -29,35 +35,44 @@ static float load_float(const void *buffer, lpsgd_dtype dtype, int64_t i)
     return dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(half) : lpsgd_from_float16(half);
 }
 
-static void store_float(void *buffer, lpsgd_dtype dtype, int64_t i, float x)
+static void store_float(void *buffer, lpsgd_dtype dtype, int64_t i, float x, const lpsgd_scalars *k,
+                        uint32_t random16)
 {
+    uint16_t *half = buffer;
     if (dtype == LPSGD_FLOAT32)
         ((float *)buffer)[i] = x;
+    else if (dtype == LPSGD_FLOAT16)
+        half[i] = lpsgd_to_float16(x);
+    else if (k->stochastic_rounding)
+        half[i] = lpsgd_to_bfloat16_stochastic(x, random16);
     else
-        ((uint16_t *)buffer)[i] =
-            dtype == LPSGD_BFLOAT16 ? lpsgd_to_bfloat16(x) : lpsgd_to_float16(x);
+        half[i] = lpsgd_to_bfloat16(x);
 }
 
 static void reference_step(test_list *list, const lpsgd_hyper *hyper, int has_momentum)
 {
+    const lpsgd_dtype dtype = list->kind.dtype, momentum_dtype = list->kind.momentum_dtype;
     lpsgd_scalars k;
     assert_int_equal(lpsgd_fold(hyper, has_momentum, &k), LPSGD_OK);
     for (const lpsgd_buffer *b = list->buffers; b < list->buffers + list->count; b++)
         for (int64_t i = 0; i < b->numel; i++)
-            if (list->dtype == LPSGD_FLOAT64) {
-                double *param = b->param, *m = b->momentum_buffer, x = ((const double *)b->grad)[i];
+            if (dtype == LPSGD_FLOAT64) {
+                double *param = b->param, *m = b->momentum_buffer;
+                double x = lpsgd_grad64(((const double *)b->grad)[i], &k);
                 if (has_momentum)
                     m[i] = x = lpsgd_momentum64(m[i], x, &k);
                 param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, k.rule, &k), &k);
             } else {
-                const float param = load_float(b->param, list->dtype, i);
-                float x = load_float(b->grad, list->dtype, i);
+                const float param = load_float(b->param, dtype, i);
+                const uint32_t random =
+                    lpsgd_random(lpsgd_key(k.rounding_key, b->stream), b->index + (uint64_t)i);
+                float x = lpsgd_grad(load_float(b->grad, dtype, i), &k);
                 if (has_momentum) {
-                    x = lpsgd_momentum(load_float(b->momentum_buffer, list->dtype, i), x, &k);
-                    store_float(b->momentum_buffer, list->dtype, i, x);
+                    x = lpsgd_momentum(load_float(b->momentum_buffer, momentum_dtype, i), x, &k);
+                    store_float(b->momentum_buffer, momentum_dtype, i, x, &k, random >> 16);
                 }
                 const float u = lpsgd_direction(x, k.rule, &k);
-                store_float(b->param, list->dtype, i, lpsgd_apply(param, u, &k));
+                store_float(b->param, dtype, i, lpsgd_apply(param, u, &k), &k, random & 0xffff);
             }
     canonicalize_nan(list);
 }
@@ -72,21 +87,32 @@ static void assert_step_is_the_plain_loop(const test_list *start, const lpsgd_hy
         assert_int_equal(step_list(&actual, hyper, has_momentum, num_threads[t]), LPSGD_OK);
         canonicalize_nan(&actual);
         if (!same_list(&actual, &expected))
-            fail_msg("%s%s p=%g eps=%g pivot=%g weight_decay=%g maximize=%d: %d threads differ",
-                     has_momentum ? "LPSGDM " : "LPSGD ", format_of(start->dtype).name, hyper->p,
-                     hyper->eps, hyper->pivot, hyper->weight_decay, hyper->maximize, num_threads[t]);
+            fail_msg("%s%s (momentum %s) lr=%g p=%g eps=%g pivot=%g weight_decay=%g maximize=%d "
+                     "stochastic=%d: %d threads differ",
+                     has_momentum ? "LPSGDM " : "LPSGD ", format_of(start->kind.dtype).name,
+                     format_of(start->kind.momentum_dtype).name, hyper->lr, hyper->p, hyper->eps,
+                     hyper->pivot, hyper->weight_decay, hyper->maximize, hyper->stochastic_rounding,
+                     num_threads[t]);
         free_list(&actual);
     }
     free_list(&expected);
 }
 
 static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
-enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 };
+enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 + 4 };
 
 static lpsgd_hyper hyper_number(int i)
 {
     static const double eps[] = {1e-8, 0.0, 1e30};
     lpsgd_hyper hyper = usual;
+    if (i >= hyper_count - 4) {
+        hyper.lr = i % 2 ? 0.0 : 0.01;
+        hyper.grad_scale = i / 2 % 2 ? 3.0 : 65536.0;
+        return hyper;
+    }
+    hyper.stochastic_rounding = i % 5 > 1;
+    hyper.seed = (uint64_t)i;
+    hyper.step = (uint64_t)i << 40;
     hyper.p = norms[i % norm_count];
     hyper.eps = eps[i / norm_count % 3];
     hyper.pivot = i / norm_count / 3 % 2 ? 1e-3 : 1.0;
@@ -104,10 +130,10 @@ static void test_step_is_the_plain_loop_for_all_hyper_parameters_and_sizes(void 
     for (int i = 0; i < count; i++)
         numel[i] = i < small ? i : around_blocks[i - small];
     const int one = 1;
-    for (int d = 0; d < 4; d++)
+    for (int d = 0; d < kind_count; d++)
         for (int awkward = 0; awkward < 3; awkward++) {
             static const unsigned of_4096[] = {0, few_awkward, many_awkward};
-            test_list start = make_list(dtypes[d], numel, count, of_4096[awkward], 1);
+            test_list start = make_list(kinds[d], numel, count, of_4096[awkward], 1);
             for (int i = 0; i < hyper_count; i++) {
                 const lpsgd_hyper hyper = hyper_number(i);
                 assert_step_is_the_plain_loop(&start, &hyper, 0, &one, 1);
@@ -124,10 +150,10 @@ static void test_step_is_the_plain_loop_for_every_number_of_threads(void **state
     static const double some_norms[] = {2.0, 6.0, INFINITY};
     /* Two shares of useful_threads() for float64 and for the rest, three and seven of them. */
     static const int64_t totals[] = {2047, 2048, 7169, 32767, 32769, 49153, 114689};
-    for (int d = 0; d < 4; d++)
+    for (int d = 0; d < kind_count; d++)
         for (int n = 0; n < 7; n++) {
             const int64_t a_third = totals[n] / 3, numel[] = {a_third, 0, 1, totals[n] - a_third - 1};
-            test_list start = make_list(dtypes[d], numel, 4, few_awkward, 2);
+            test_list start = make_list(kinds[d], numel, 4, few_awkward, 2);
             lpsgd_hyper hyper = usual;
             hyper.p = some_norms[n % 3];
             assert_step_is_the_plain_loop(&start, &hyper, n % 2, num_threads, 5);
@@ -146,8 +172,8 @@ static void test_step_is_the_plain_loop_for_many_small_buffers(void **state)
     uint64_t random = 3;
     for (int i = 0; i < count; i++)
         numel[i] = (int64_t)(next_random(&random) % 41);
-    for (int d = 0; d < 4; d++) {
-        test_list start = make_list(dtypes[d], numel, count, few_awkward, 3);
+    for (int d = 0; d < kind_count; d++) {
+        test_list start = make_list(kinds[d], numel, count, few_awkward, 3);
         assert_step_is_the_plain_loop(&start, &usual, 1, num_threads, 2);
         free_list(&start);
     }
@@ -160,17 +186,17 @@ static const int64_t some_sizes[] = {700, 1, 33};
 static void test_lpsgdm_without_momentum_and_decay_is_lpsgd(void **state)
 {
     (void)state;
-    for (int d = 0; d < 4; d++)
+    for (int d = 0; d < kind_count; d++)
         for (int n = 0; n < norm_count; n++) {
             lpsgd_hyper hyper = usual;
             hyper.p = norms[n];
             hyper.momentum = hyper.weight_decay = 0.0;
-            test_list a = make_list(dtypes[d], some_sizes, 3, 0, 4), b = copy_list(&a);
+            test_list a = make_list(kinds[d], some_sizes, 3, 0, 4), b = copy_list(&a);
             assert_int_equal(step_list(&a, &hyper, 0, 1), LPSGD_OK);
             assert_int_equal(step_list(&b, &hyper, 1, 1), LPSGD_OK);
             for (int i = 0; i < 3; i++)
                 memcpy(a.buffers[i].momentum_buffer, b.buffers[i].momentum_buffer,
-                       (size_t)(some_sizes[i] * format_of(dtypes[d]).size));
+                       (size_t)(some_sizes[i] * format_of(kinds[d].momentum_dtype).size));
             assert_true(same_list(&a, &b));
             free_list(&a);
             free_list(&b);
@@ -183,7 +209,7 @@ static void test_p2_is_gradient_descent_bitwise(void **state)
     lpsgd_hyper hyper = usual;
     hyper.p = 2.0;
     hyper.weight_decay = 0.0;
-    test_list a = make_list(LPSGD_FLOAT32, some_sizes, 3, many_awkward, 5), b = copy_list(&a);
+    test_list a = make_list(kinds[0], some_sizes, 3, many_awkward, 5), b = copy_list(&a);
     for (int i = 0; i < 3; i++)
         for (int64_t j = 0; j < some_sizes[i]; j++) {
             float *param = a.buffers[i].param;
@@ -201,12 +227,13 @@ static void test_p2_is_gradient_descent_bitwise(void **state)
 static void test_maximize_is_the_negated_gradient(void **state)
 {
     (void)state;
-    for (int i = 0; i < 2 * 4 * norm_count; i++) {
+    for (int i = 0; i < 2 * kind_count * norm_count; i++) {
         const int has_momentum = i % 2;
-        const float_format f = format_of(dtypes[i / 2 % 4]);
+        const float_format f = format_of(kinds[i / 2 % kind_count].dtype);
+        const float_format m = format_of(kinds[i / 2 % kind_count].momentum_dtype);
         lpsgd_hyper hyper = usual;
-        hyper.p = norms[i / 8];
-        test_list ascent = make_list(dtypes[i / 2 % 4], some_sizes, 3, many_awkward, 6);
+        hyper.p = norms[i / 2 / kind_count];
+        test_list ascent = make_list(kinds[i / 2 % kind_count], some_sizes, 3, many_awkward, 6);
         test_list descent = copy_list(&ascent);
         assert_int_equal(step_list(&descent, &hyper, has_momentum, 1), LPSGD_OK);
         for (int b = 0; b < 3; b++)
@@ -221,12 +248,136 @@ static void test_maximize_is_the_negated_gradient(void **state)
         canonicalize_nan(&descent);
         for (int b = 0; b < 3; b++) {
             const lpsgd_buffer *x = &ascent.buffers[b], *y = &descent.buffers[b];
-            const size_t bytes = (size_t)(some_sizes[b] * f.size);
-            assert_memory_equal(x->param, y->param, bytes);
-            assert_memory_equal(x->momentum_buffer, y->momentum_buffer, bytes);
+            assert_memory_equal(x->param, y->param, (size_t)(some_sizes[b] * f.size));
+            assert_memory_equal(x->momentum_buffer, y->momentum_buffer,
+                                (size_t)(some_sizes[b] * m.size));
         }
         free_list(&ascent);
         free_list(&descent);
+    }
+}
+
+static void fill_with_zeros(test_list *list, int sign)
+{
+    const float_format f = format_of(list->kind.dtype), m = format_of(list->kind.momentum_dtype);
+    for (const lpsgd_buffer *b = list->buffers; b < list->buffers + list->count; b++) {
+        void *grad = same_place(list, list, b->grad);
+        for (int64_t i = 0; i < b->numel; i++) {
+            store_bits(grad, f, i, sign ? UINT64_C(1) << (8 * f.size - 1) : 0);
+            store_bits(b->momentum_buffer, m, i, 0);
+            if (i % 3 == 0)
+                store_bits(b->param, f, i, UINT64_C(1) << (8 * f.size - 1));
+        }
+    }
+}
+
+static void test_zero_gradients_without_decay_change_no_bit(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 2 * 2 * 2 * kind_count * norm_count; i++) {
+        lpsgd_hyper hyper = usual;
+        hyper.weight_decay = 0.0;
+        hyper.maximize = i / 2 % 2;
+        hyper.stochastic_rounding = i % 3 == 0;
+        hyper.p = norms[i / 8 / kind_count];
+        hyper.eps = i % 5 ? 1e-8 : 0.0;
+        test_list list = make_list(kinds[i / 8 % kind_count], some_sizes, 3, 0, 9);
+        fill_with_zeros(&list, i / 4 % 2);
+        test_list before = copy_list(&list);
+        assert_int_equal(step_list(&list, &hyper, i % 2, 1), LPSGD_OK);
+        assert_true(same_list(&list, &before));
+        free_list(&list);
+        free_list(&before);
+    }
+}
+
+static void test_lr_0_changes_no_bit_of_a_parameter(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 2 * 2 * kind_count * norm_count; i++) {
+        lpsgd_hyper hyper = usual;
+        hyper.lr = 0.0;
+        hyper.maximize = i / 2 % 2;
+        hyper.stochastic_rounding = i % 3 == 0;
+        hyper.p = norms[i / 4 / kind_count];
+        test_list list = make_list(kinds[i / 4 % kind_count], some_sizes, 3, many_awkward, 10);
+        canonicalize_nan(&list);
+        test_list before = copy_list(&list);
+        assert_int_equal(step_list(&list, &hyper, i % 2, 1), LPSGD_OK);
+        canonicalize_nan(&list);
+        assert_int_equal(same_list(&list, &before), i % 2 == 0); /* momentum moves */
+        for (int b = 0; b < 3; b++)
+            assert_memory_equal(list.buffers[b].param, before.buffers[b].param,
+                                (size_t)(some_sizes[b] * format_of(list.kind.dtype).size));
+        free_list(&list);
+        free_list(&before);
+    }
+}
+
+/* Stochastic rounding. */
+
+static void test_stochastic_rounding_keeps_the_mean(void **state)
+{
+    (void)state;
+    enum { numel = 1 << 20 };
+    static const float fractions[] = {0.0f, 0x1p-16f, 0.125f, 0.5f, 0.9f};
+    for (int f = 0; f < 5; f++)
+        for (uint64_t step = 0; step < 3; step++) {
+            const float x = -(1.0f + fractions[f] * 0x1p-7f);
+            const uint64_t key = lpsgd_key(lpsgd_key(lpsgd_mix(1), step), 2);
+            int64_t up[2] = {0, 0};
+            for (uint64_t i = 0; i < numel; i++)
+                for (int half = 0; half < 2; half++) {
+                    const uint32_t random16 = lpsgd_random(key, i) >> 16 * half & 0xffff;
+                    const uint16_t rounded = lpsgd_to_bfloat16_stochastic(x, random16);
+                    assert_in_range(rounded, 0xbf80, 0xbf81);
+                    up[half] += rounded == 0xbf81;
+                }
+            for (int half = 0; half < 2; half++) {
+                const double mean = numel * (double)fractions[f];
+                const double deviation = sqrt(mean * (1.0 - (double)fractions[f]));
+                assert_true(fabs((double)up[half] - mean) <= 5.0 * deviation);
+            }
+        }
+}
+
+/* Between neighbours, steps, streams, seeds, halves and distant indices the bits agree as often as
+ * coins do. */
+static void test_random_bits_are_independent(void **state)
+{
+    (void)state;
+    enum { numel = 1 << 18, pairs = 8 };
+    static const uint64_t far = UINT64_C(1) << 32;
+    int64_t equal[pairs][32] = {{0}};
+    const uint64_t key = lpsgd_key(lpsgd_key(lpsgd_mix(0), 0), 0);
+    for (uint64_t i = 0; i < numel; i++) {
+        const uint32_t r = lpsgd_random(key, i);
+        const uint32_t others[pairs] = {
+            lpsgd_random(key, i + 1),
+            lpsgd_random(key, i + 64),
+            lpsgd_random(key, i + far),
+            lpsgd_random(lpsgd_key(lpsgd_key(lpsgd_mix(0), 1), 0), i),
+            lpsgd_random(lpsgd_key(lpsgd_key(lpsgd_mix(0), 0), 1), i),
+            lpsgd_random(lpsgd_key(lpsgd_key(lpsgd_mix(1), 0), 0), i),
+            r << 16 | r >> 16,
+            0,
+        };
+        for (int j = 0; j < pairs; j++)
+            for (int bit = 0; bit < 32; bit++)
+                equal[j][bit] += ~(r ^ others[j]) >> bit & 1;
+    }
+    for (int j = 0; j < pairs; j++)
+        for (int bit = 0; bit < 32; bit++)
+            assert_in_range(equal[j][bit], numel / 2 - 5 * 256, numel / 2 + 5 * 256);
+}
+
+static void test_stochastic_rounding_leaves_what_is_exact(void **state)
+{
+    (void)state;
+    for (uint32_t h = 0; h <= 0xffff; h++) {
+        const float x = lpsgd_from_bfloat16((uint16_t)h);
+        const uint16_t rounded = lpsgd_to_bfloat16_stochastic(x, 0xffff);
+        assert_int_equal(rounded, isnan(x) ? 0x7fc0 : h);
     }
 }
 
@@ -240,7 +391,7 @@ typedef struct call {
 
 static call good_call(void)
 {
-    const call c = {make_list(LPSGD_FLOAT32, some_sizes, 3, 0, 7), usual, LPSGD_FLOAT32};
+    const call c = {make_list(kinds[0], some_sizes, 3, 0, 7), usual, LPSGD_FLOAT32};
     return c;
 }
 
@@ -280,6 +431,9 @@ static void spoil(call *c, lpsgd_status with)
         break;
     case LPSGD_ERROR_PIVOT:
         c->hyper.pivot = 0.0;
+        break;
+    case LPSGD_ERROR_GRAD_SCALE:
+        c->hyper.grad_scale = 0.0;
         break;
     case LPSGD_ERROR_DTYPE:
         c->dtype = (lpsgd_dtype)4;
@@ -330,9 +484,10 @@ static void test_every_value_outside_a_range_is_refused(void **state)
         {offsetof(lpsgd_hyper, weight_decay), LPSGD_ERROR_WEIGHT_DECAY, {NAN, -INFINITY, -1e-300, -1.0}},
         {offsetof(lpsgd_hyper, eps), LPSGD_ERROR_EPS, {NAN, -INFINITY, -1e-300, -1.0}},
         {offsetof(lpsgd_hyper, pivot), LPSGD_ERROR_PIVOT, {NAN, INFINITY, 0.0, -1.0}},
+        {offsetof(lpsgd_hyper, grad_scale), LPSGD_ERROR_GRAD_SCALE, {NAN, INFINITY, 0.0, -1.0}},
     };
     call c = good_call();
-    for (int r = 0; r < 6; r++)
+    for (int r = 0; r < 7; r++)
         for (int i = 0; i < 4; i++) {
             c.hyper = usual;
             memcpy((char *)&c.hyper + ranges[r].offset, &ranges[r].bad[i], sizeof(double));
@@ -362,7 +517,7 @@ static void test_pointers_that_are_not_looked_at_may_be_anything(void **state)
 {
     (void)state;
     call c = good_call();
-    const lpsgd_buffer good = c.list.buffers[0], empty = {NULL, (char *)good.param + 1, NULL, 0};
+    const lpsgd_buffer good = c.list.buffers[0], empty = {.grad = (char *)good.param + 1};
     c.list.buffers[2] = empty;
     lpsgd_buffer *b = c.list.buffers;
     b[0].momentum_buffer = NULL;
@@ -379,9 +534,9 @@ static void test_pointers_that_are_not_looked_at_may_be_anything(void **state)
 static void test_status_texts_name_the_argument(void **state)
 {
     (void)state;
-    static const char *const names[] = {"no error", "lr",    "p ",      "momentum",
-                                        "weight_decay", "eps", "pivot", "dtype",
-                                        "numel", "NULL", "aligned", "unknown"};
+    static const char *const names[] = {"no error", "lr",         "p ",    "momentum", "weight_decay",
+                                        "eps",      "pivot",      "grad_scale", "dtype", "numel",
+                                        "NULL",     "aligned",    "unknown"};
     for (int status = LPSGD_OK; status <= LPSGD_ERROR_ALIGNMENT + 1; status++)
         assert_non_null(strstr(lpsgd_status_text((lpsgd_status)status), names[status]));
     assert_non_null(strstr(lpsgd_status_text((lpsgd_status)-1), "unknown"));
@@ -458,7 +613,7 @@ static int steps_as_the_plain_loop(const void *unused)
 {
     (void)unused;
     const int64_t numel = worth_two_threads;
-    test_list list = make_list(LPSGD_FLOAT32, &numel, 1, few_awkward, 8), expected = copy_list(&list);
+    test_list list = make_list(kinds[0], &numel, 1, few_awkward, 8), expected = copy_list(&list);
     reference_step(&expected, &usual, 1);
     const int done = step_list(&list, &usual, 1, 2) == LPSGD_OK;
     canonicalize_nan(&list);
@@ -513,6 +668,11 @@ int main(void)
         cmocka_unit_test(test_lpsgdm_without_momentum_and_decay_is_lpsgd),
         cmocka_unit_test(test_p2_is_gradient_descent_bitwise),
         cmocka_unit_test(test_maximize_is_the_negated_gradient),
+        cmocka_unit_test(test_zero_gradients_without_decay_change_no_bit),
+        cmocka_unit_test(test_lr_0_changes_no_bit_of_a_parameter),
+        cmocka_unit_test(test_stochastic_rounding_keeps_the_mean),
+        cmocka_unit_test(test_random_bits_are_independent),
+        cmocka_unit_test(test_stochastic_rounding_leaves_what_is_exact),
         cmocka_unit_test(test_a_refused_step_names_the_first_error_and_writes_nothing),
         cmocka_unit_test(test_every_value_outside_a_range_is_refused),
         cmocka_unit_test(test_lists_that_are_no_lists_are_refused),

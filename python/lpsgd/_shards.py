@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""DTensors (FSDP2, tensor parallel). The update is elementwise: a shard is a tensor like others."""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor; doesn't import torch.distributed for it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _local(tensor: Any) -> Tensor:
+    local: Any = tensor._local_tensor
+    result: Tensor = local.wait() if hasattr(local, "wait") else local
+    return result
+
+
+def local_tensors(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """This rank's shards of a DTensor parameter, its gradient and its momentum_buffer.
+
+    A gradient of other placements is redistributed. Raises RuntimeError for what cannot be stepped
+    shard by shard.
+    """
+    param, grad, *buffers = tensors
+    if not all(is_dtensor(tensor) for tensor in tensors):
+        raise RuntimeError(
+            "got mixed torch.Tensor and DTensor: the parameter, its gradient and its "
+            "momentum_buffer must all be DTensors or none of them"
+        )
+    if any(placement.is_partial() for placement in param.placements):
+        raise RuntimeError(f"parameters with placements {param.placements} cannot be stepped")
+    if any(tensor.shape != param.shape for tensor in tensors):
+        raise RuntimeError("gradient and momentum_buffer must have the parameter's shape")
+    for buffer in buffers:
+        if buffer.device_mesh != param.device_mesh or buffer.placements != param.placements:
+            raise RuntimeError(
+                f"momentum_buffer must have the parameter's placements, {param.placements}, "
+                f"but has {buffer.placements}"
+            )
+    local = _local(param)
+    if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    local_grad = _local(grad)
+    if local_grad.stride() != local.stride() and local_grad.shape == local.shape:
+        local_grad = torch.empty_like(local, dtype=local_grad.dtype).copy_(local_grad)
+    return local, local_grad, *(_local(buffer) for buffer in buffers)
+
+
+def runs(param: Any) -> tuple[int, list[int]]:
+    """How this rank's shard lies in the whole parameter, both contiguous: the length of the runs of
+    elements that are neighbours there, and the index of each run's first element there."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes = param.shape
+    local, offset = compute_local_shape_and_global_offset(
+        sizes, param.device_mesh, param.placements
+    )
+    if 0 in local:
+        return 1, []
+    strides = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+    # A run: the inner dimensions that the rank has whole, and its stretch of the next one.
+    run_dim = len(sizes)
+    while run_dim and (run_dim == len(sizes) or local[run_dim] == sizes[run_dim]):
+        run_dim -= 1
+    length = math.prod(local[run_dim:])
+    starts = torch.tensor(sum(o * stride for o, stride in zip(offset, strides, strict=True)))
+    for d in range(run_dim):
+        starts = starts[..., None] + torch.arange(local[d]) * strides[d]
+    return length, starts.flatten().tolist()
