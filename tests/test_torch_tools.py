@@ -177,9 +177,10 @@ TOOLS = [
 @needs_fma
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_p2_is_sgd_bitwise(cls, tool):
+@pytest.mark.parametrize("fused", [None, True])
+def test_p2_is_sgd_bitwise(fused, cls, tool):
     def ours(params):
-        return cls(params, lr=LR, p=2.0)
+        return cls(params, lr=LR, p=2.0, fused=fused)
 
     def theirs(params):
         if cls is lpsgd.LPSGDM:
@@ -281,9 +282,10 @@ def test_orthogonal_weights_stay_orthogonal(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_step_that_the_scaler_skips_changes_nothing(cls):
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_that_the_scaler_skips_changes_nothing(fused, cls):
     model, unscaled = network(), network()
-    optimizer, reference = cls(model.parameters()), cls(unscaled.parameters())
+    optimizer, reference = cls(model.parameters(), fused=fused), cls(unscaled.parameters())
     schedule = lpsgd.CosineAnnealingP(optimizer, total_iters=9, every_step=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     (x, y), *_ = batches()
