@@ -96,7 +96,7 @@ def _has_native_memory(param: Tensor, other: Tensor) -> bool:
         and other.layout == torch.strided
         and not other.is_neg()
         and other.stride() == param.stride()
-        and (other.dtype == param.dtype or other.dtype == torch.float32)
+        and other.dtype in (param.dtype, torch.float32)
     )
 
 
@@ -116,7 +116,7 @@ def _is_out_of_bounds(tensor: Tensor) -> bool:
         return False
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return end > tensor.untyped_storage().nbytes()
+    return bool(end > tensor.untyped_storage().nbytes())
 
 
 def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
@@ -263,6 +263,8 @@ def _compiled_step(
     """The step of one group, as torch.compile sees it. lr, p and the like are read from the group
     when it runs, so that no graph depends on them."""
     lists = [list(params), list(grads), list(momentum_buffers)]
+    if not momentum_buffers:
+        del lists[2]
     _optimizers[optimizer]._step_lists([(group, lists, list(streams))])
 
 
