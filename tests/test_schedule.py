@@ -778,15 +778,37 @@ def test_it_can_be_chained_but_not_one_of_a_sequence(make):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch 2.13 about its own imports
-def test_a_compiled_step_moves_p_too():
-    groups = torch.optim.SGD([Parameter(torch.ones(1))], torch.tensor(0.1))
-    groups.param_groups[0]["p"] = torch.tensor(6.0, dtype=torch.float64)
-    lpsgd.CosineAnnealingP(groups, 3, every_step=True)
-    groups.param_groups[0]["params"][0].grad = torch.ones(1)
-    compiled = torch.compile(groups.step, backend="eager")
-    for p in (4.0, 2.0, 2.0):
-        compiled()
-        assert groups.param_groups[0]["p"] == p
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize("within", ["optimizer.step", "both", "every_step"])
+def test_a_compiled_step_has_its_p_and_is_compiled_once(make, within):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    param, alone = Parameter(torch.ones(1)), optimizer(6.0)
+    param.grad = torch.ones(1)
+    groups = lpsgd.LPSGDM([param], p=6.0)
+    every_step = within == "every_step"
+    schedule, expected = make(groups, every_step=every_step), make(alone, every_step=every_step)
+
+    def step():
+        groups.step()
+        if within == "both":
+            schedule.step()
+
+    torch.compiler.reset()
+    compiled_step = torch.compile(step, backend=backend)
+    counts = []
+    for _ in range(12):
+        compiled_step()
+        if within == "optimizer.step":
+            schedule.step()
+        advance(alone, expected)
+        assert ps(groups) == ps(alone)
+        counts.append(len(compiled))
+    assert 0 < counts[2] == counts[-1]
 
 
 @pytest.mark.parametrize("every_step", [False, True])

@@ -4,6 +4,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,8 +21,8 @@ import lpsgd_ext
 _hooks: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
 
-def _note_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # the flag of torch's schedulers
+def _note_step(calls: dict[str, bool], *hook_arguments: Any) -> None:
+    calls["optimizer.step"] = True
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -71,6 +72,8 @@ class _PScheduler(LRScheduler):
         self.optimizer = optimizer
         self.every_step = every_step
         self._step_count = 1  # as after the constructor of LRScheduler
+        # Not an attribute of the optimizer, as torch has it: a compiled step would not set that.
+        self._calls = {"optimizer.step": False}
         self._set_p(optimizer, self.last_epoch if last_epoch == -1 else last_epoch + 1)
         self._attach()
 
@@ -78,20 +81,24 @@ class _PScheduler(LRScheduler):
         """Makes this the schedule of the optimizer: one that drove itself does so no more."""
         if self.optimizer in _hooks:
             _hooks[self.optimizer].remove()
-        hook = _note_step
+        hook: Callable[..., None] = partial(_note_step, self._calls)
         if self.every_step:
             # The optimizer keeps what drives p. It must not keep itself alive through that.
             driver = object.__new__(type(self))
             driver.__dict__ = self.__dict__
-            # A compiled step runs the hook too, but torch.compile cannot trace cosine_p.
-            hook = torch.compiler.disable(driver._drive)  # type: ignore[no-untyped-call]
+            hook = driver._drive
         _hooks[self.optimizer] = self.optimizer.register_step_post_hook(hook)
 
     def _drive(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
         # A fused optimizer is told by GradScaler that it has to skip the step.
         if not getattr(optimizer, "found_inf", False):
-            self._set_p(optimizer, (_clock(optimizer) or 0) + 1)
-            self._step_count += 1
+            self._advance(optimizer)
+
+    # torch.compile would compile anew for every value of the clock.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _advance(self, optimizer: Optimizer, epoch: int | None = None) -> None:
+        self._set_p(optimizer, (_clock(optimizer) or 0) + 1 if epoch is None else epoch)
+        self._step_count += 1
 
     def _get_p(self, epoch: int, initial_p: list[float]) -> list[float]:
         """Every group's p after `epoch` steps."""
@@ -135,7 +142,7 @@ class _PScheduler(LRScheduler):
                 f"`{name}.step()` must not be called with every_step=True: "
                 "the schedule moves on by itself after every `optimizer.step()`."
             )
-        if self._step_count == 1 and not getattr(self.optimizer, "_opt_called", False):
+        if self._step_count == 1 and not self._calls["optimizer.step"]:
             warnings.warn(
                 f"Detected call of `{name}.step()` before `optimizer.step()`. You should call them "
                 f"in the opposite order: `optimizer.step()` before `{name}.step()`. Failure to do "
@@ -146,8 +153,7 @@ class _PScheduler(LRScheduler):
             )
         if epoch is not None:
             warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
-        self._set_p(self.optimizer, self.last_epoch + 1 if epoch is None else epoch)
-        self._step_count += 1
+        self._advance(self.optimizer, epoch)
 
     def get_last_p(self) -> list[float | Tensor]:
         """Every group's `p` as it is now."""
@@ -161,8 +167,9 @@ class _PScheduler(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, whose own state_dict resumes a schedule by itself."""
-        state = {name: value for name, value in self.__dict__.items() if name != "every_step"}
-        return {**state, "last_epoch": self.last_epoch}
+        state = {**self.__dict__, "last_epoch": self.last_epoch}
+        del state["every_step"], state["_calls"]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a `state_dict`, also with the optimizer's `p`."""
