@@ -12,6 +12,8 @@
 #ifndef LPSGD_ELEMENT_H
 #define LPSGD_ELEMENT_H
 
+#include "lpsgd.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -36,7 +38,7 @@ typedef enum lpsgd_rule {
 
 enum { LPSGD_LOG2_DEGREE = 8 };
 
-/* The hyper-parameters of one step, folded once in double by lpsgd_fold (lpsgd_schedule.c). */
+/* The hyper-parameters of one step, folded once in double by lpsgd_fold_values. */
 typedef struct lpsgd_scalars {
     lpsgd_rule rule;
     float momentum;
@@ -56,6 +58,14 @@ typedef struct lpsgd_scalars {
     uint64_t rounding_key; /* of seed and step */
 } lpsgd_scalars;
 
+/* Eq 20; NaN for p < 2. */
+LPSGD_INLINE double lpsgd_rho_of(double p)
+{
+    if (!(p >= 2.0))
+        return NAN;
+    return isinf(p) ? 1.0 : (p - 2.0) / (p - 1.0);
+}
+
 LPSGD_INLINE int32_t lpsgd_bits(float x)
 {
     int32_t bits;
@@ -68,6 +78,61 @@ LPSGD_INLINE float lpsgd_float(int32_t bits)
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+/* Spreads the bits of x over 64 (the finalizer of SplitMix64). */
+LPSGD_INLINE uint64_t lpsgd_mix(uint64_t x)
+{
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* A key from a key and a number; different numbers give different keys. */
+LPSGD_INLINE uint64_t lpsgd_key(uint64_t key, uint64_t number)
+{
+    return lpsgd_mix(key + 0x9e3779b97f4a7c15u * (number + 1));
+}
+
+/* The scalars of a step with these values, which have been checked. */
+LPSGD_INLINE void lpsgd_fold_values(const lpsgd_hyper *hyper, lpsgd_scalars *k)
+{
+    /* log2(1 + z): minimax on [sqrt(1/2) - 1, sqrt(2) - 1], absolute error 2^-24.5. */
+    const double log2_coefficient[LPSGD_LOG2_DEGREE + 1] = {
+        4.004342720557683725e-8, 1.4426946873478279736,   -0.72136079519971322446,
+        0.48094521158582925949,  -0.36000595722490072668, 0.28657905936484055932,
+        -0.25061093785603813339, 0.23777395523308612983,  -0.14542252578901752504,
+    };
+    const double rho = lpsgd_rho_of(hyper->p);
+    const double unit = hyper->pivot == 1.0 ? 1.0 : pow(hyper->pivot, -1.0 / (hyper->p - 1.0));
+    const float inverse_scale = (float)(1.0 / hyper->grad_scale);
+    const int decays = hyper->weight_decay != 0.0 && hyper->lr != 0.0; /* 0 * INFINITY is NaN */
+    k->momentum64 = hyper->momentum;
+    k->one_minus_momentum64 = 1.0 - hyper->momentum;
+    k->grad_factor64 = hyper->maximize ? -inverse_scale : inverse_scale;
+    k->decay64 = decays ? 1.0 - hyper->lr * hyper->weight_decay : 1.0;
+    k->step_size64 = -hyper->lr * unit;
+    k->eps64 = hyper->eps;
+    k->rho64 = rho;
+
+    k->rule = hyper->lr == 0.0 ? LPSGD_RULE_REST
+              : rho == 0.0     ? LPSGD_RULE_SGD
+              : rho == 1.0     ? LPSGD_RULE_SIGN
+                               : LPSGD_RULE_POWER;
+    k->momentum = (float)k->momentum64;
+    k->one_minus_momentum = (float)k->one_minus_momentum64;
+    k->grad_factor = (float)k->grad_factor64;
+    k->decay = (float)k->decay64;
+    k->step_size = (float)k->step_size64;
+    k->eps = (float)k->eps64;
+    const float head = lpsgd_float(lpsgd_bits((float)-rho) & ~0xff);
+    k->head = head * 0x1p-23f;
+    k->rest = (float)(-rho - (double)head) * 0x1p-23f;
+    for (int i = 0; i <= LPSGD_LOG2_DEGREE; i++)
+        k->log2[i] = (float)(-rho * log2_coefficient[i]);
+    k->momentum_float32 = hyper->momentum_float32 != 0;
+    k->stochastic_rounding = hyper->stochastic_rounding != 0;
+    k->rounding_key = lpsgd_key(lpsgd_mix(hyper->seed), hyper->step);
 }
 
 /* g of eq 21 and 23. */
@@ -228,20 +293,6 @@ LPSGD_INLINE uint16_t lpsgd_to_bfloat16(float x)
     const uint32_t bits = (uint32_t)lpsgd_bits(x), magnitude = bits & 0x7fffffffu;
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     return (uint16_t)(magnitude > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-/* Spreads the bits of x over 64 (the finalizer of SplitMix64). */
-LPSGD_INLINE uint64_t lpsgd_mix(uint64_t x)
-{
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
-/* A key from a key and a number; different numbers give different keys. */
-LPSGD_INLINE uint64_t lpsgd_key(uint64_t key, uint64_t number)
-{
-    return lpsgd_mix(key + 0x9e3779b97f4a7c15u * (number + 1));
 }
 
 /* 32 random bits for element `index` under a key: three rounds of multiplication (with the constants

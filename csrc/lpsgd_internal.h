@@ -5,7 +5,6 @@
 #ifndef LPSGD_INTERNAL_H
 #define LPSGD_INTERNAL_H
 
-#include "lpsgd.h"
 #include "lpsgd_element.h"
 
 /* Checks hyper and folds it into k. has_momentum: LPSGDM, else LPSGD. */

@@ -6,9 +6,7 @@
 
 double lpsgd_rho(double p)
 {
-    if (!(p >= 2.0))
-        return NAN;
-    return isinf(p) ? 1.0 : (p - 2.0) / (p - 1.0);
+    return lpsgd_rho_of(p);
 }
 
 /* sin(pi z / 2)^2 for 0 <= z <= 1/2: Taylor series, truncated below 2^-56. */
@@ -66,50 +64,13 @@ lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper)
 
 lpsgd_status lpsgd_fold(const lpsgd_hyper *hyper, int has_momentum, lpsgd_scalars *k)
 {
-    /* Minimax on [sqrt(1/2) - 1, sqrt(2) - 1], absolute error 2^-24.5. */
-    static const double log2_coefficient[LPSGD_LOG2_DEGREE + 1] = {
-        4.004342720557683725e-8, 1.4426946873478279736,   -0.72136079519971322446,
-        0.48094521158582925949,  -0.36000595722490072668, 0.28657905936484055932,
-        -0.25061093785603813339, 0.23777395523308612983,  -0.14542252578901752504,
-    };
     lpsgd_hyper checked = *hyper;
     if (!has_momentum)
         checked.momentum = 0.0;
     const lpsgd_status status = lpsgd_check_hyper(&checked);
-    if (status != LPSGD_OK)
-        return status;
-
-    const double rho = lpsgd_rho(hyper->p);
-    const double step_size = -hyper->lr * pow(hyper->pivot, -1.0 / (hyper->p - 1.0));
-    const float inverse_scale = (float)(1.0 / hyper->grad_scale);
-    k->momentum64 = checked.momentum;
-    k->one_minus_momentum64 = 1.0 - checked.momentum;
-    k->grad_factor64 = hyper->maximize ? -inverse_scale : inverse_scale;
-    const int decays = hyper->weight_decay != 0.0 && hyper->lr != 0.0; /* 0 * INFINITY is NaN */
-    k->decay64 = decays ? 1.0 - hyper->lr * hyper->weight_decay : 1.0;
-    k->step_size64 = step_size;
-    k->eps64 = hyper->eps;
-    k->rho64 = rho;
-
-    k->rule = hyper->lr == 0.0 ? LPSGD_RULE_REST
-              : rho == 0.0     ? LPSGD_RULE_SGD
-              : rho == 1.0     ? LPSGD_RULE_SIGN
-                               : LPSGD_RULE_POWER;
-    k->momentum = (float)k->momentum64;
-    k->one_minus_momentum = (float)k->one_minus_momentum64;
-    k->grad_factor = (float)k->grad_factor64;
-    k->decay = (float)k->decay64;
-    k->step_size = (float)k->step_size64;
-    k->eps = (float)k->eps64;
-    const float head = lpsgd_float(lpsgd_bits((float)-rho) & ~0xff);
-    k->head = head * 0x1p-23f;
-    k->rest = (float)(-rho - (double)head) * 0x1p-23f;
-    for (int i = 0; i <= LPSGD_LOG2_DEGREE; i++)
-        k->log2[i] = (float)(-rho * log2_coefficient[i]);
-    k->momentum_float32 = hyper->momentum_float32 != 0;
-    k->stochastic_rounding = hyper->stochastic_rounding != 0;
-    k->rounding_key = lpsgd_key(lpsgd_mix(hyper->seed), hyper->step);
-    return LPSGD_OK;
+    if (status == LPSGD_OK)
+        lpsgd_fold_values(&checked, k);
+    return status;
 }
 
 const char *lpsgd_status_text(lpsgd_status status)

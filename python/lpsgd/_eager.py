@@ -143,6 +143,8 @@ def for_loop(
         if buffer is not None:  # eq 23
             m = buffer.to(w.dtype)
             x = m.mul_(momentum).add_(x, alpha=1.0 - momentum)
+            if x.requires_grad:
+                x = x.clone()  # what backward needs; the next step changes m
             if m is not buffer:
                 _store(buffer, m, None if random is None else random >> 16)
         if isinstance(lr, Tensor) or lr != 0.0:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The classes: bookkeeping in torch.optim's style around the steps of lpsgd_ext and _eager."""
 
+import inspect
 import itertools
 import weakref
 from collections import deque
@@ -19,6 +20,7 @@ from . import _eager, _shards
 
 _States = deque[tuple[Tensor, dict[str, Any]]]
 _Lists = list[list[Tensor]]
+_Gathered = tuple[int, _Lists, list[int]]  # a group's index, its lists, numbers of its parameters
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,7 +47,7 @@ def _check_values(values: dict[str, Any]) -> None:
             continue  # to look at it would wait for the device
         try:
             valid = in_range(value)
-        except TypeError:
+        except (TypeError, NotImplementedError):
             raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
         if not valid:
             raise ValueError(f"Invalid {text}: {value}")
@@ -70,7 +72,11 @@ class _Row(NamedTuple):
 
 def _observed() -> bool:
     """Whether something other than a device context watches PyTorch's operations."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return True
     return any(
         not isinstance(torch._C._get_function_stack_at(i), torch.utils._device.DeviceContext)
@@ -96,7 +102,7 @@ def _has_native_memory(param: Tensor, other: Tensor) -> bool:
         and other.layout == torch.strided
         and not other.is_neg()
         and other.stride() == param.stride()
-        and (other.dtype == param.dtype or other.dtype == torch.float32)
+        and other.dtype in (param.dtype, torch.float32)
     )
 
 
@@ -116,15 +122,14 @@ def _is_out_of_bounds(tensor: Tensor) -> bool:
         return False
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return end > tensor.untyped_storage().nbytes()
+    return bool(end > tensor.untyped_storage().nbytes())
 
 
 def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
     """What PyTorch's own operations would not refuse, or only after some have been made."""
     param, grad, *buffers = tensors
-    plain = type(param) in _PLAIN_TYPES
     for buffer in buffers:
-        if not isinstance(buffer, Tensor) or (plain and type(buffer) not in _PLAIN_TYPES):
+        if type(buffer) not in (*_PLAIN_TYPES, type(param)):
             raise TypeError(
                 f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
             )
@@ -148,6 +153,17 @@ def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
         if buffer.dtype != expected:
             raise RuntimeError(f"momentum_buffer must be {expected}, but is {buffer.dtype}")
     for tensor in (param, *buffers):
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "Inplace update to inference tensor outside InferenceMode is not allowed"
+            )
+        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+            raise RuntimeError(
+                "a leaf Variable that requires grad is being used in an in-place operation."
+            )
+    if torch._C._functorch.peek_interpreter_stack():
+        return  # no memory to look at
+    for tensor in (param, *buffers):
         if torch._debug_has_internal_overlap(tensor) == 1:
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to "
@@ -168,9 +184,9 @@ def _check_fused(rows: Sequence[_Row]) -> None:
             )
 
 
-def _check_capturable(group: dict[str, Any], params: Sequence[Tensor]) -> None:
+def _check_capturable(params: Sequence[Tensor]) -> None:
     devices = _get_capturable_supported_devices(supports_xla=False)
-    if group["capturable"] and any(param.device.type not in devices for param in params):
+    if any(param.device.type not in devices for param in params):
         raise AssertionError(f"If capturable=True, params must be on supported devices: {devices}.")
 
 
@@ -200,7 +216,7 @@ def _eager_calls(
         param = row.tensors[0]
         return (
             use_foreach
-            and all(type(tensor) in _PLAIN_TYPES for tensor in row.tensors)
+            and all(type(t) in _PLAIN_TYPES and not t.is_neg() for t in row.tensors)
             and not param.is_complex()
             and not (rounding and param.dtype == torch.bfloat16)
         )
@@ -263,12 +279,22 @@ def _compiled_step(
     """The step of one group, as torch.compile sees it. lr, p and the like are read from the group
     when it runs, so that no graph depends on them."""
     lists = [list(params), list(grads), list(momentum_buffers)]
-    _optimizers[optimizer]._step_lists([(group, lists, list(streams))])
+    if not momentum_buffers:
+        del lists[2]
+    self = _optimizers[optimizer]
+    if not self._found_inf():
+        gathered = [(group, lists, list(streams))]
+        self._write(gathered, self._prepare(gathered))
 
 
 @_compiled_step.register_fake
 def _(*args: Any) -> None:
     return None
+
+
+def _signature_defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
 class _LPOptimizer(Optimizer):
@@ -297,24 +323,24 @@ class _LPOptimizer(Optimizer):
         super().__setstate__(state)
         self._register()
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in {**_signature_defaults(type(self)), **self.defaults}.items():
                 group.setdefault(name, value)
-        for param, buffer in self.__dict__.pop("_loading", ()):
-            dtype = _momentum_dtype(param, momentum_float32=True)
-            self.state[param]["momentum_buffer"] = buffer.to(param.device, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; the groups have besides what torch.optim.SGD needs to load it."""
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
+        for group in state_dict.get("param_groups", ()):  # a hook may have returned anything
             for name, value in self._SGD.items():
-                group.setdefault(name, group["momentum"] if value == "momentum" else value)
+                group[name] = group["momentum"] if value == "momentum" else value
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
-        with self.register_load_state_dict_pre_hook(lambda _, loaded: self._prepare_load(loaded)):
-            super().load_state_dict(state_dict)
+        try:
+            with self.register_load_state_dict_pre_hook(lambda _, state: self._prepare_load(state)):
+                super().load_state_dict(state_dict)
+        finally:
+            self.__dict__.pop("_loading", None)
 
     def _prepare_load(self, state_dict: dict[str, Any]) -> None:
         """Looks at a state_dict that is being loaded, after all other hooks."""
@@ -381,40 +407,42 @@ class _LPOptimizer(Optimizer):
             return
         known: _States = deque(self.state.items())
         fresh: list[Tensor] = []
-        gathered: list[tuple[int, _Lists, list[int]]] = []
+        gathered: list[_Gathered] = []
         first = 0
-        for i, group in enumerate(self.param_groups):
-            lists = self._gather(group, known, fresh)
-            streams: list[int] = []
-            if group["stochastic_rounding"]:
-                numbered = enumerate(group["params"], first)
-                streams = [i for i, param in numbered if param.grad is not None]
-            first += len(group["params"])
-            if lists[0]:
-                gathered.append((i, lists, streams))
-        self._step_lists(gathered, fresh)
-
-    def _found_inf(self) -> bool:
-        """Whether torch.amp.GradScaler found a gradient that is not finite."""
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and bool(found_inf != 0)
-
-    def _step_lists(
-        self, gathered: list[tuple[int, _Lists, list[int]]], fresh: Sequence[Tensor] = ()
-    ) -> None:
-        """Steps groups, given by their indices: checks all of them, then writes."""
-        if self._found_inf():
-            return
-        calls: list[Callable[[], None]] = []
         try:
-            for i, lists, streams in gathered:
-                calls += self._calls(self.param_groups[i], lists, streams, len(gathered) == 1)
+            for i, group in enumerate(self.param_groups):
+                lists = self._gather(group, known, fresh)
+                streams: list[int] = []
+                if group["stochastic_rounding"]:
+                    numbered = enumerate(group["params"], first)
+                    streams = [i for i, param in numbered if param.grad is not None]
+                first += len(group["params"])
+                if lists[0]:
+                    gathered.append((i, lists, streams))
+            calls = self._prepare(gathered)
         except BaseException:
             for param in fresh:
                 del self.state[param]["momentum_buffer"]
                 if not self.state[param]:
                     del self.state[param]
             raise
+        self._write(gathered, calls)
+
+    def _found_inf(self) -> bool:
+        """Whether torch.amp.GradScaler found a gradient that is not finite."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf != 0)
+
+    def _prepare(self, gathered: Sequence[_Gathered]) -> list[Callable[[], None]]:
+        """Checks everything there is to check; returns the calls that are left to make."""
+        alone = len(gathered) == 1
+        return [
+            call
+            for i, lists, streams in gathered
+            for call in self._calls(self.param_groups[i], lists, streams, alone)
+        ]
+
+    def _write(self, gathered: Sequence[_Gathered], calls: list[Callable[[], None]]) -> None:
         for call in calls:
             call()
         for i, *_ in gathered:
@@ -441,6 +469,8 @@ class _LPOptimizer(Optimizer):
             fused is None and foreach is None and not differentiable and not _observed()
         )
         refusal = None
+        if group["capturable"] and not fused:
+            _check_capturable(lists[0])
         if in_c:
             numbers: dict[str, Any] = {"streams": streams} if stochastic else {}
             native = partial(self._native_step, lists, **values, **rounding, **numbers)
@@ -448,10 +478,9 @@ class _LPOptimizer(Optimizer):
                 native(dry_run=not alone)
                 return [] if alone else [native]
             except (TypeError, ValueError, RuntimeError) as error:
-                refusal = error
+                refusal = error.with_traceback(None)  # which holds this frame, which holds it
         # Nothing has been written so far. What C refuses goes to PyTorch's operations.
         _check_values(group)
-        _check_capturable(group, lists[0])
         rows = [
             piece
             for i, tensors in enumerate(zip(*lists, strict=True))
@@ -498,7 +527,7 @@ class LPSGD(_LPOptimizer):
         params: parameters, named parameters or groups of them, as for torch.optim. Any shape;
             float32, float64, bfloat16 or float16 on the CPU run in C, the rest in PyTorch's
             operations.
-        lr: learning rate :math:`\eta \geq 0`.
+        lr: learning rate :math:`\eta \geq 0`, a number or a Tensor of one element.
         p: the norm, :math:`2 \leq p \leq \infty`.
         weight_decay: decoupled weight decay :math:`\lambda \geq 0` (torch.optim.SGD's is coupled).
         eps: :math:`\epsilon \geq 0`.
@@ -506,8 +535,16 @@ class LPSGD(_LPOptimizer):
             paper; about 1e-4 keeps the step from shrinking as p goes to 2.
         maximize: maximize the objective instead of minimizing it.
         foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one.
+        capturable: the step may be captured in a CUDA graph: a Tensor lr stays on the device.
+        differentiable: autograd goes through the step, also to a Tensor lr or weight_decay.
         fused: True demands the C kernels and raises where they can't be used; None takes them
             wherever they can; False never does.
+        stochastic_rounding: round bfloat16 results up or down at random such that the mean is
+            exact; other dtypes are rounded to nearest. The random bits depend on seed, on the
+            number of the step (`rounding_step` in the group), on the number of the parameter in
+            the optimizer and on the index of the element alone: not on threads, nor on the
+            sharding of a DTensor.
+        seed: an int. All replicas of a parameter need the same.
 
     Raises:
         ValueError, TypeError: for arguments out of range. `step` raises them too, and
@@ -585,6 +622,8 @@ class LPSGDM(_LPOptimizer):
 
     Args:
         momentum: :math:`0 \leq \beta < 1`.
+        momentum_dtype: None or torch.float32, the dtype of the momentum_buffer of bfloat16 and
+            float16 parameters: their own or float32.
 
     The other arguments, the note on lr and the errors are those of :class:`LPSGD`; eps and pivot
     refer to :math:`|m|`.
@@ -646,7 +685,7 @@ class LPSGDM(_LPOptimizer):
     def _prepare_load(self, state_dict: dict[str, Any]) -> None:
         saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        loading = []
+        self._loading = {}
         for i, (number, param) in enumerate(zip(saved, params, strict=False)):
             state = state_dict["state"].get(number)
             if state is None:
@@ -656,10 +695,18 @@ class LPSGDM(_LPOptimizer):
                     f"loaded state dict has no momentum_buffer in the state of parameter {i}: it "
                     "is no checkpoint of LPSGDM or SGD"
                 )
-            buffer = state["momentum_buffer"]
-            if isinstance(buffer, Tensor) and buffer.dtype == torch.float32 != param.dtype:
-                loading.append((param, buffer))
-        self._loading = loading
+            if isinstance(state["momentum_buffer"], Tensor):
+                self._loading[param] = state["momentum_buffer"]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # torch.optim has cast the buffers that are being loaded to the parameters' dtype.
+        loading: dict[Tensor, Tensor] = self.__dict__.pop("_loading", {})
+        for group in self.param_groups:
+            for param in group["params"] if group["momentum_dtype"] is not None else ():
+                if param in loading:
+                    dtype = _momentum_dtype(param, momentum_float32=True)
+                    self.state[param]["momentum_buffer"] = loading[param].to(param.device, dtype)
 
     def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
         params, grads, momentum_buffers = [], [], []
@@ -672,6 +719,8 @@ class LPSGDM(_LPOptimizer):
                 continue
             if state is None:
                 state = self.state[param]
+            if not isinstance(state, dict):
+                raise TypeError(f"a parameter's state must be a dict, not {type(state).__name__}")
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = _new_buffer(group, param)
