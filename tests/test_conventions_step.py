@@ -255,11 +255,7 @@ def layouts(values):
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("of", ["parameter", "gradient"])
 @pytest.mark.parametrize("layout", layouts(torch.ones(4, 6)))
-def test_every_layout_steps_as_the_contiguous_one(cls, how, of, layout, request):
-    negative = layout in ("negative bit", "conjugate's imaginary part")
-    if of == "parameter" and negative and how != IMPLEMENTATIONS["forloop"]:
-        reason = "torch._foreach_* writes to no tensor with the negative bit; SGD's default does"
-        request.applymarker(pytest.mark.xfail(raises=RuntimeError, strict=True, reason=reason))
+def test_every_layout_steps_as_the_contiguous_one(cls, how, of, layout):
     values, grad = (p.detach() for p in parameters((4, 6), (4, 6), seed=7))
 
     def run(p, param_layout, grad_layout):
