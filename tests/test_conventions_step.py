@@ -351,12 +351,7 @@ def test_fused_refuses_other_devices_and_dtypes_with_torchs_error_and_recovers(c
 @implementations
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_a_sparse_gradient_is_refused_wherever_it_is_and_nothing_written(
-    cls, how, position, request
-):
-    if how == IMPLEMENTATIONS["fused"]:
-        reason = "the message speaks of a data pointer"
-        request.applymarker(pytest.mark.xfail(raises=AssertionError, strict=True, reason=reason))
+def test_a_sparse_gradient_is_refused_wherever_it_is_and_nothing_written(cls, how, position):
     params = parameters((3,), (3,), (3,))
     optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **how)
     set_grads(params)

@@ -204,7 +204,6 @@ def compile_with_fsdp2():
             assert_same_step(optimizer, twin_optimizer, (cls.__name__, seed))
 
 
-@pytest.mark.xfail(strict=True, reason="lpsgd::step_ takes no DTensors yet")
 def test_compiled_step_gives_the_bits_of_one_process():
     on_ranks(2, compile_with_fsdp2)
 

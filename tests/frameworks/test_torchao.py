@@ -75,7 +75,6 @@ def test_offloaded_states_give_the_bits_of_the_plain_optimizer(cls, minimal_size
     train((model, twin), (optimizer, cls(twin.parameters(), **values)), range(3))
 
 
-@pytest.mark.xfail(strict=True, reason="CPUOffloadOptimizer has no hooks for the schedule")
 def test_schedule_of_p_reaches_every_offloaded_parameter():
     model, twin = make_model(), make_model()
     optimizers = (
@@ -110,6 +109,5 @@ def run_documented():
     run_section("torchao")
 
 
-@pytest.mark.xfail(strict=True, reason="CPUOffloadOptimizer has no hooks for the schedule")
 def test_section_runs():
     on_ranks(1, run_documented)
