@@ -68,7 +68,8 @@ typedef enum lpsgd_status {
     LPSGD_ERROR_DTYPE,
     LPSGD_ERROR_NUMEL,
     LPSGD_ERROR_NULL,
-    LPSGD_ERROR_ALIGNMENT
+    LPSGD_ERROR_ALIGNMENT,
+    LPSGD_ERROR_CUDA
 } lpsgd_status;
 
 /* A static text that names the range the argument is outside of; never NULL. */
@@ -117,6 +118,45 @@ lpsgd_status lpsgd_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dty
                         const lpsgd_hyper *hyper, int num_threads);
 lpsgd_status lpsgdm_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
                          const lpsgd_hyper *hyper, int num_threads);
+
+/* The same on an NVIDIA GPU (lpsgd_cuda.c), for buffers in its memory: one launch for up to 500
+ * buffers, on a stream, without waiting for it. lpsgd_cuda_step answers LPSGD_ERROR_CUDA where the
+ * driver refuses, and in a build without CUDA kernels; lpsgd_cuda_error() says why. If the driver
+ * refuses a later launch of a list of more than 500 buffers, the earlier ones have been made. */
+
+/* One number in device memory; pointer NULL: there is none. */
+typedef struct lpsgd_device_number {
+    const void *pointer;
+    lpsgd_dtype dtype;
+} lpsgd_device_number;
+
+/* Where a step runs, and numbers to be read when it does, in place of those of lpsgd_hyper. They are
+ * not checked, as that would have to wait. found_inf != 0: nothing is written. scratch: needed if
+ * there is such a number, lpsgd_cuda_scratch_size bytes of device memory, aligned to 8, that nothing
+ * else uses until the step is done. */
+typedef struct lpsgd_cuda_target {
+    int device;
+    void *stream; /* CUstream */
+    lpsgd_device_number lr, p, weight_decay, grad_scale, found_inf;
+    void *scratch;
+} lpsgd_cuda_target;
+
+lpsgd_status lpsgd_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                             const lpsgd_hyper *hyper, const lpsgd_cuda_target *target);
+lpsgd_status lpsgdm_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                              const lpsgd_hyper *hyper, const lpsgd_cuda_target *target);
+
+/* Makes all that a step on this device needs: finds the driver, loads the kernels. Steps do so by
+ * themselves; this tells beforehand whether they can. */
+lpsgd_status lpsgd_cuda_prepare(int device);
+
+/* The calling thread's last LPSGD_ERROR_CUDA in words, the driver's own among them; never NULL. */
+const char *lpsgd_cuda_error(void);
+
+int64_t lpsgd_cuda_scratch_size(void);
+
+/* Whether this build has CUDA kernels: 1 or 0. */
+int lpsgd_has_cuda(void);
 
 /* rho of eq 20 for 2 <= p <= INFINITY: 0 at p = 2, 1 at INFINITY. NaN for any other p. */
 double lpsgd_rho(double p);

@@ -67,7 +67,7 @@ int lpsgd_has_openmp(void)
 #endif
 }
 
-static int64_t itemsize(lpsgd_dtype dtype)
+int64_t lpsgd_itemsize(lpsgd_dtype dtype)
 {
     switch (dtype) {
     case LPSGD_FLOAT32:
@@ -84,13 +84,13 @@ static int64_t itemsize(lpsgd_dtype dtype)
 static int64_t momentum_itemsize(lpsgd_dtype dtype, const lpsgd_scalars *k)
 {
     const int half = dtype == LPSGD_BFLOAT16 || dtype == LPSGD_FLOAT16;
-    return half && k->momentum_float32 ? 4 : itemsize(dtype);
+    return half && k->momentum_float32 ? 4 : lpsgd_itemsize(dtype);
 }
 
-static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
-                               int has_momentum, const lpsgd_scalars *k, int64_t *total)
+lpsgd_status lpsgd_check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
+                              int has_momentum, const lpsgd_scalars *k, int64_t *total)
 {
-    const int64_t size = itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
+    const int64_t size = lpsgd_itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
     if (!size)
         return LPSGD_ERROR_DTYPE;
     if (count < 0)
@@ -119,7 +119,7 @@ static lpsgd_status check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dt
 static void step_range(const lpsgd_buffer *list, int64_t low, int64_t high, lpsgd_dtype dtype,
                        int has_momentum, const lpsgd_scalars *k)
 {
-    const int64_t size = itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
+    const int64_t size = lpsgd_itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
     int64_t first = 0; /* of *list, end to end */
     for (; first < high; first += list->numel, list++) {
         const int64_t from = low > first ? low - first : 0;
@@ -164,7 +164,7 @@ static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dt
     int64_t total;
     lpsgd_status status = lpsgd_fold(hyper, has_momentum, &k);
     if (status == LPSGD_OK)
-        status = check_list(list, count, dtype, has_momentum, &k, &total);
+        status = lpsgd_check_list(list, count, dtype, has_momentum, &k, &total);
     if (status != LPSGD_OK)
         return status;
 

@@ -100,6 +100,8 @@ const char *lpsgd_status_text(lpsgd_status status)
         return "a pointer is NULL where numel > 0";
     case LPSGD_ERROR_ALIGNMENT:
         return "a pointer is not aligned to the element's size";
+    case LPSGD_ERROR_CUDA:
+        return "CUDA refused: lpsgd_cuda_error() says why";
     }
     return "unknown status";
 }

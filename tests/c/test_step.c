@@ -413,6 +413,7 @@ static void spoil(call *c, lpsgd_status with)
     lpsgd_buffer *last = &c->list.buffers[c->list.count - 1];
     switch (with) {
     case LPSGD_OK:
+    case LPSGD_ERROR_CUDA:
         break;
     case LPSGD_ERROR_LR:
         c->hyper.lr = -1e-9;
@@ -536,8 +537,8 @@ static void test_status_texts_name_the_argument(void **state)
     (void)state;
     static const char *const names[] = {"no error", "lr",         "p ",    "momentum", "weight_decay",
                                         "eps",      "pivot",      "grad_scale", "dtype", "numel",
-                                        "NULL",     "aligned",    "unknown"};
-    for (int status = LPSGD_OK; status <= LPSGD_ERROR_ALIGNMENT + 1; status++)
+                                        "NULL",     "aligned",    "CUDA",  "unknown"};
+    for (int status = LPSGD_OK; status <= LPSGD_ERROR_CUDA + 1; status++)
         assert_non_null(strstr(lpsgd_status_text((lpsgd_status)status), names[status]));
     assert_non_null(strstr(lpsgd_status_text((lpsgd_status)-1), "unknown"));
 }

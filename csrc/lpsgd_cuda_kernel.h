@@ -1,0 +1,250 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * lpsgd_cuda_kernel.h: what the CUDA kernels and their host side share, and one thread's work.
+ *
+ * The same source is compiled by nvcc for the GPU and, in tests, as C for an emulated grid: threads
+ * share nothing, so that a grid is a loop. LPSGD_THREAD says which thread this is.
+ *
+ * A launch steps up to LPSGD_CUDA_TENSORS tensors. Each is cut into tiles of equal size, a block
+ * takes one tile after the other, and a thread 16 bytes of param at a time (a vector), wherever
+ * param, grad and momentum_buffer are aligned to 16 bytes; else, and at a tensor's end, one element
+ * at a time.
+ */
+#ifndef LPSGD_CUDA_KERNEL_H
+#define LPSGD_CUDA_KERNEL_H
+
+#include "lpsgd_element.h"
+
+enum {
+    LPSGD_CUDA_THREADS = 256,
+    LPSGD_CUDA_ROUNDS = 4,                       /* vectors of a thread in a tile */
+    LPSGD_CUDA_TENSORS = 500,                    /* fills the 32764 bytes of a kernel's arguments */
+    LPSGD_CUDA_TILE_BYTES = LPSGD_CUDA_THREADS * LPSGD_CUDA_ROUNDS * 16
+};
+
+/* The kernels by their index; the names are those in lpsgd_cuda.cu. */
+enum {
+    LPSGD_CUDA_FLOAT32,
+    LPSGD_CUDA_FLOAT64,
+    LPSGD_CUDA_BFLOAT16,
+    LPSGD_CUDA_FLOAT16,
+    LPSGD_CUDA_BFLOAT16_WIDE, /* float32 momentum_buffer */
+    LPSGD_CUDA_FLOAT16_WIDE,
+    LPSGD_CUDA_FOLD,
+    LPSGD_CUDA_KERNELS
+};
+
+typedef struct lpsgd_cuda_tensor {
+    void *param;
+    const void *grad;
+    void *momentum_buffer; /* NULL: LPSGD */
+    int64_t numel;
+    uint64_t key, index; /* of the random bits */
+    int64_t first_tile;  /* in the launch */
+    int64_t aligned;     /* whether vectors may be used */
+} lpsgd_cuda_tensor;
+
+/* A step's scalars as the kernels read them, from their arguments or from device memory. */
+typedef struct lpsgd_cuda_scalars {
+    lpsgd_scalars k;
+    int skip; /* a gradient was not finite: nothing is written */
+} lpsgd_cuda_scalars;
+
+typedef struct lpsgd_cuda_step_arguments {
+    lpsgd_cuda_tensor tensor[LPSGD_CUDA_TENSORS];
+    int64_t count, tiles;
+    const lpsgd_cuda_scalars *device_scalars; /* NULL: `scalars` */
+    lpsgd_cuda_scalars scalars;
+} lpsgd_cuda_step_arguments;
+
+/* A number that a GPU may hold: value is the host's where pointer is NULL. */
+typedef struct lpsgd_cuda_fold_arguments {
+    lpsgd_hyper hyper;
+    lpsgd_device_number lr, p, weight_decay, grad_scale, found_inf;
+    lpsgd_cuda_scalars *result;
+} lpsgd_cuda_fold_arguments;
+
+LPSGD_INLINE double lpsgd_cuda_number(lpsgd_device_number number, double value)
+{
+    if (!number.pointer)
+        return value;
+    switch (number.dtype) {
+    case LPSGD_FLOAT32:
+        return *(const float *)number.pointer;
+    case LPSGD_FLOAT64:
+        return *(const double *)number.pointer;
+    case LPSGD_BFLOAT16:
+        return lpsgd_from_bfloat16(*(const uint16_t *)number.pointer);
+    case LPSGD_FLOAT16:
+        return lpsgd_from_float16(*(const uint16_t *)number.pointer);
+    }
+    return value;
+}
+
+/* The one thread of the fold kernel: numbers in device memory become scalars in device memory. */
+LPSGD_INLINE void lpsgd_cuda_fold(const lpsgd_cuda_fold_arguments *a)
+{
+    lpsgd_hyper hyper = a->hyper;
+    hyper.lr = lpsgd_cuda_number(a->lr, hyper.lr);
+    hyper.p = lpsgd_cuda_number(a->p, hyper.p);
+    hyper.weight_decay = lpsgd_cuda_number(a->weight_decay, hyper.weight_decay);
+    hyper.grad_scale = lpsgd_cuda_number(a->grad_scale, hyper.grad_scale);
+    lpsgd_fold_values(&hyper, &a->result->k);
+    a->result->skip = lpsgd_cuda_number(a->found_inf, 0.0) != 0.0;
+}
+
+/* The tensor that a tile of the launch belongs to. */
+LPSGD_INLINE int64_t lpsgd_cuda_find(const lpsgd_cuda_step_arguments *a, int64_t tile)
+{
+    int64_t low = 0, high = a->count - 1;
+    while (low < high) {
+        const int64_t middle = (low + high + 1) / 2;
+        if (a->tensor[middle].first_tile <= tile)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+LPSGD_INLINE uint16_t lpsgd_cuda_to_bfloat16(float x, uint32_t random, const lpsgd_scalars *k)
+{
+    return k->stochastic_rounding ? lpsgd_to_bfloat16_stochastic(x, random & 0xffffu)
+                                  : lpsgd_to_bfloat16(x);
+}
+
+/* Which thread this is, of LPSGD_CUDA_THREADS in each block. */
+typedef struct lpsgd_cuda_place {
+    int64_t block, blocks;
+    int thread;
+} lpsgd_cuda_place;
+
+LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
+                                        const lpsgd_scalars *k)
+{
+    return k->stochastic_rounding ? lpsgd_random(t->key, t->index + (uint64_t)i) : 0;
+}
+
+/* LPSGD_CUDA_WORK(name, T, M, step) defines one thread's work for parameters of type T and momentum
+ * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element. */
+#define LPSGD_CUDA_WORK(name, T, M, step)                                                          \
+    enum { name##_width = 16 / (int)sizeof(T) };                                                   \
+    typedef struct LPSGD_ALIGN(16) name##_params {                                                 \
+        T x[name##_width];                                                                         \
+    } name##_params;                                                                               \
+    typedef struct LPSGD_ALIGN(16) name##_momentums {                                              \
+        M x[name##_width];                                                                         \
+    } name##_momentums;                                                                            \
+                                                                                                   \
+    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k) \
+    {                                                                                              \
+        const int has_momentum = t->momentum_buffer != NULL;                                       \
+        name##_params param = *(const name##_params *)((T *)t->param + i);                         \
+        const name##_params grad = *(const name##_params *)((const T *)t->grad + i);               \
+        name##_momentums m = {{0}};                                                                \
+        if (has_momentum)                                                                          \
+            m = *(const name##_momentums *)((M *)t->momentum_buffer + i);                          \
+        LPSGD_UNROLL                                                                               \
+        for (int j = 0; j < name##_width; j++)                                                     \
+            step(&param.x[j], grad.x[j], &m.x[j], has_momentum, lpsgd_cuda_random(t, i + j, k), k); \
+        *(name##_params *)((T *)t->param + i) = param;                                             \
+        if (has_momentum)                                                                          \
+            *(name##_momentums *)((M *)t->momentum_buffer + i) = m;                                \
+    }                                                                                              \
+                                                                                                   \
+    LPSGD_INLINE void name##_element(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k)\
+    {                                                                                              \
+        const int has_momentum = t->momentum_buffer != NULL;                                       \
+        T param = ((T *)t->param)[i];                                                              \
+        M m = has_momentum ? ((M *)t->momentum_buffer)[i] : (M)0;                                  \
+        step(&param, ((const T *)t->grad)[i], &m, has_momentum, lpsgd_cuda_random(t, i, k), k);    \
+        ((T *)t->param)[i] = param;                                                                \
+        if (has_momentum)                                                                          \
+            ((M *)t->momentum_buffer)[i] = m;                                                      \
+    }                                                                                              \
+                                                                                                   \
+    LPSGD_INLINE void name##_work(const lpsgd_cuda_step_arguments *a, lpsgd_cuda_place place)      \
+    {                                                                                              \
+        const lpsgd_cuda_scalars *s = a->device_scalars ? a->device_scalars : &a->scalars;         \
+        const lpsgd_scalars *k = &s->k;                                                            \
+        if (s->skip)                                                                               \
+            return;                                                                                \
+        for (int64_t tile = place.block; tile < a->tiles; tile += place.blocks) {                  \
+            const lpsgd_cuda_tensor *t = &a->tensor[lpsgd_cuda_find(a, tile)];                     \
+            const int64_t size = (int64_t)LPSGD_CUDA_TILE_BYTES / (int64_t)sizeof(T);              \
+            const int64_t start = (tile - t->first_tile) * size;                                   \
+            const int64_t end = t->numel - start < size ? t->numel : start + size;                 \
+            int64_t vectors_end = start;                                                           \
+            if (t->aligned) {                                                                      \
+                vectors_end = end - (end - start) % name##_width;                                  \
+                for (int64_t i = start + (int64_t)place.thread * name##_width; i < vectors_end;    \
+                     i += LPSGD_CUDA_THREADS * name##_width)                                       \
+                    name##_vector(t, i, k);                                                        \
+            }                                                                                      \
+            for (int64_t i = vectors_end + place.thread; i < end; i += LPSGD_CUDA_THREADS)         \
+                name##_element(t, i, k);                                                           \
+        }                                                                                          \
+    }
+
+/* One element, for each kernel; `random` has 32 random bits where k asks for them. */
+LPSGD_INLINE void lpsgd_cuda_float32(float *param, float grad, float *m, int has_momentum,
+                                     uint32_t random, const lpsgd_scalars *k)
+{
+    float x = lpsgd_grad(grad, k);
+    (void)random;
+    if (has_momentum)
+        *m = x = lpsgd_momentum(*m, x, k);
+    *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, k), k);
+}
+
+LPSGD_INLINE void lpsgd_cuda_float64(double *param, double grad, double *m, int has_momentum,
+                                     uint32_t random, const lpsgd_scalars *k)
+{
+    double x = lpsgd_grad64(grad, k);
+    (void)random;
+    if (has_momentum)
+        *m = x = lpsgd_momentum64(*m, x, k);
+    *param = lpsgd_apply64(*param, lpsgd_direction64(x, k->rule, k), k);
+}
+
+LPSGD_INLINE void lpsgd_cuda_bfloat16_wide(uint16_t *param, uint16_t grad, float *m,
+                                           int has_momentum, uint32_t random,
+                                           const lpsgd_scalars *k)
+{
+    float x = lpsgd_from_bfloat16(*param);
+    lpsgd_cuda_float32(&x, lpsgd_from_bfloat16(grad), m, has_momentum, random, k);
+    *param = lpsgd_cuda_to_bfloat16(x, random, k);
+}
+
+LPSGD_INLINE void lpsgd_cuda_bfloat16(uint16_t *param, uint16_t grad, uint16_t *m, int has_momentum,
+                                      uint32_t random, const lpsgd_scalars *k)
+{
+    float wide = lpsgd_from_bfloat16(*m);
+    lpsgd_cuda_bfloat16_wide(param, grad, &wide, has_momentum, random, k);
+    *m = lpsgd_cuda_to_bfloat16(wide, random >> 16, k);
+}
+
+LPSGD_INLINE void lpsgd_cuda_float16_wide(uint16_t *param, uint16_t grad, float *m,
+                                          int has_momentum, uint32_t random, const lpsgd_scalars *k)
+{
+    float x = lpsgd_from_float16(*param);
+    lpsgd_cuda_float32(&x, lpsgd_from_float16(grad), m, has_momentum, random, k);
+    *param = lpsgd_to_float16(x);
+}
+
+LPSGD_INLINE void lpsgd_cuda_float16(uint16_t *param, uint16_t grad, uint16_t *m, int has_momentum,
+                                     uint32_t random, const lpsgd_scalars *k)
+{
+    float wide = lpsgd_from_float16(*m);
+    lpsgd_cuda_float16_wide(param, grad, &wide, has_momentum, random, k);
+    *m = lpsgd_to_float16(wide);
+}
+
+LPSGD_CUDA_WORK(lpsgd_cuda_float32, float, float, lpsgd_cuda_float32)
+LPSGD_CUDA_WORK(lpsgd_cuda_float64, double, double, lpsgd_cuda_float64)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16, uint16_t, uint16_t, lpsgd_cuda_bfloat16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16, uint16_t, uint16_t, lpsgd_cuda_float16)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16_wide, uint16_t, float, lpsgd_cuda_bfloat16_wide)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16_wide, uint16_t, float, lpsgd_cuda_float16_wide)
+
+#endif
