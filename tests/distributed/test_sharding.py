@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from helpers import CLASSES, DTYPES, bits
+from lpsgd import LPSGDM
 from ranks import on_ranks
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
@@ -249,6 +250,36 @@ def backward_through_a_stepped_parameter():
 
 def test_stale_backward_raises():
     on_ranks(2, backward_through_a_stepped_parameter)
+
+
+def step_what_is_refused():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def ones(placement):
+        return DTensor.from_local(torch.ones(4), mesh, [placement])
+
+    whole = torch.ones(ones(Shard(0)).shape)
+    for placement, buffer, match in (
+        (Partial(), None, "cannot be stepped"),
+        (Shard(0), whole, "mixed torch.Tensor and DTensor"),
+        (Shard(0), distribute_tensor(whole, mesh, [Replicate()]), "placements"),
+        (Shard(0), ones(Replicate()), "shape"),
+    ):
+        params = [torch.nn.Parameter(ones(each)) for each in (Shard(0), placement)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer = LPSGDM(params, **VALUES)
+        if buffer is not None:
+            optimizer.state[params[1]]["momentum_buffer"] = buffer
+        with pytest.raises(RuntimeError, match=match):
+            optimizer.step()
+        for param in params:
+            assert torch.equal(param.to_local(), torch.ones(4))
+        assert params[0] not in optimizer.state
+
+
+def test_what_cannot_be_stepped_shard_by_shard_is_refused():
+    on_ranks(2, step_what_is_refused)
 
 
 def step_with_stochastic_rounding():
