@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-from helpers import CLASSES, bits
+from helpers import CLASSES, assert_same_bits
 from lpsgd import LPSGDM, CosineAnnealingP
 from ranks import on_ranks, run_section
 
@@ -59,8 +59,7 @@ def train(models, optimizers, steps):
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        for param, expected in zip(*(model.parameters() for model in models), strict=True):
-            assert torch.equal(bits(param), bits(expected))
+        assert_same_bits(*models)
 
 
 # Weights of 56 and 40 elements are offloaded, the biases and all stay on the device.
