@@ -307,10 +307,13 @@ static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsg
         return refuse(at, PyExc_ValueError, "differs from the parameter in device");
     if (param->ndim != other->ndim)
         return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
-    for (int d = 0; d < param->ndim; d++)
+    int64_t empty = 0;
+    for (int d = 0; d < param->ndim; d++) {
         if (param->shape[d] != other->shape[d])
             return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
-    for (int d = 0; d < param->ndim; d++)
+        empty |= param->shape[d] == 0;
+    }
+    for (int d = 0; d < param->ndim && !empty; d++)
         if (param->shape[d] > 1 && param->strides[d] != other->strides[d])
             return refuse(at, PyExc_ValueError, "differs from the parameter in strides");
     return 0;

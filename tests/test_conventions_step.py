@@ -237,7 +237,6 @@ def test_complex_parameters_step_as_their_real_and_imaginary_parts(make):
 @eager
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("of", ["parameter", "gradient"])
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="view_as_real takes no conjugates")
 def test_a_conjugate_steps_as_the_same_values_in_memory(cls, how, of):
     """Autograd makes such gradients of complex parameters."""
 

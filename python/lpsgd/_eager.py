@@ -128,9 +128,14 @@ def for_loop(
     factor = _grad_factor(grad_scale, maximize)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         buffer = momentum_buffers[i] if momentum_buffers is not None else None
+        conjugated = []  # what view_as_real does not take, and the copies that are stepped
         if param.is_complex():
-            param, grad = torch.view_as_real(param), torch.view_as_real(grad)
-            buffer = torch.view_as_real(buffer) if buffer is not None else None
+            written = [param] if buffer is None else [param, buffer]
+            plain = [tensor.resolve_conj() for tensor in written]
+            conjugated = [(a, b) for a, b in zip(written, plain, strict=True) if a.is_conj()]
+            param, *buffers = map(torch.view_as_real, plain)
+            buffer = buffers[0] if buffers else None
+            grad = torch.view_as_real(grad.resolve_conj())
         half = param.dtype in HALF_DTYPES
         w = param.float() if half else param
         random = None
@@ -157,6 +162,8 @@ def for_loop(
                 w.add_(u, alpha=-step_size)
             if half:
                 _store(param, w, None if random is None else random & 0xFFFF)
+        for tensor, stepped in conjugated:
+            tensor.copy_(stepped)
 
 
 def foreach(

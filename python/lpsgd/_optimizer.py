@@ -25,6 +25,7 @@ _Lists = list[list[Tensor]]
 _Gathered = tuple[int, _Lists, list[int]]  # a group's index, its lists, numbers of its parameters
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_FLOAT32 = (torch.float32, "float32")
 _NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -54,7 +55,7 @@ def _check_values(values: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
         if not valid:
             raise ValueError(f"Invalid {text}: {value}")
-    if values.get("momentum_dtype") not in (None, torch.float32, "float32"):
+    if values.get("momentum_dtype") not in (None, *_FLOAT32):
         raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
     if not isinstance(values["seed"], int):
         raise TypeError(f"seed must be an int, not {type(values['seed']).__name__}")
@@ -523,16 +524,15 @@ class _LPOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if _is_on_cuda(found_inf):
             values["found_inf"] = found_inf
-        if group.get("momentum_dtype") is not None:
+        if group.get("momentum_dtype") in _FLOAT32:
             values["momentum_float32"] = True
         stochastic = group["stochastic_rounding"]
         rounding = {}
         if stochastic:
             rounding = {"seed": group["seed"], "step": group.setdefault("rounding_step", 0)}
         fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
-        in_c = fused or (
-            fused is None and foreach is None and not differentiable and not _observed()
-        )
+        by_default = fused is None and foreach is None
+        in_c = not differentiable and (fused or (by_default and not _observed()))
         refusal = None
         if group["capturable"] and not fused:
             _check_capturable(lists[0])
@@ -568,8 +568,7 @@ class _LPOptimizer(Optimizer):
             native(dry_run=True)
             calls.append(native)
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        by_default = foreach is None and fused is None and not differentiable and not transformed
-        use_foreach = bool(foreach) or by_default
+        use_foreach = foreach or (by_default and not differentiable and not transformed)
         if others and not (_is_on_cuda(found_inf) and found_inf != 0):
             values.pop("found_inf", None)
             calls += _eager_calls(others, use_foreach, _for_eager(group, values), rounding)
