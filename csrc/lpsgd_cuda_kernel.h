@@ -126,7 +126,12 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
 }
 
 /* LPSGD_CUDA_WORK(name, T, M, step) defines one thread's work for parameters of type T and momentum
- * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element. */
+ * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element.
+ *
+ * Two things are so for the sake of the machine code (tests/test_cuda_code.py): the addresses of a
+ * vector have names, as nvcc stores one in pieces where it computes the address anew, and the
+ * scalars are copied, as it would read them again for every element, in fear of what the stores
+ * change. */
 #define LPSGD_CUDA_WORK(name, T, M, step)                                                          \
     enum { name##_width = 16 / (int)sizeof(T) };                                                   \
     typedef struct LPSGD_ALIGN(16) name##_params {                                                 \
@@ -136,20 +141,24 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         M x[name##_width];                                                                         \
     } name##_momentums;                                                                            \
                                                                                                    \
-    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k) \
+    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t v, const lpsgd_scalars *k) \
     {                                                                                              \
         const int has_momentum = t->momentum_buffer != NULL;                                       \
-        name##_params param = *(const name##_params *)((T *)t->param + i);                         \
-        const name##_params grad = *(const name##_params *)((const T *)t->grad + i);               \
+        name##_params *const param_at = (name##_params *)t->param + v;                             \
+        name##_momentums *const m_at =                                                             \
+            has_momentum ? (name##_momentums *)t->momentum_buffer + v : NULL;                      \
+        const name##_params grad = ((const name##_params *)t->grad)[v];                            \
+        name##_params param = *param_at;                                                           \
         name##_momentums m = {{0}};                                                                \
         if (has_momentum)                                                                          \
-            m = *(const name##_momentums *)((M *)t->momentum_buffer + i);                          \
+            m = *m_at;                                                                             \
         LPSGD_UNROLL                                                                               \
         for (int j = 0; j < name##_width; j++)                                                     \
-            step(&param.x[j], grad.x[j], &m.x[j], has_momentum, lpsgd_cuda_random(t, i + j, k), k); \
-        *(name##_params *)((T *)t->param + i) = param;                                             \
+            step(&param.x[j], grad.x[j], &m.x[j], has_momentum,                                    \
+                 lpsgd_cuda_random(t, v * name##_width + j, k), k);                                \
+        *param_at = param;                                                                         \
         if (has_momentum)                                                                          \
-            *(name##_momentums *)((M *)t->momentum_buffer + i) = m;                                \
+            *m_at = m;                                                                             \
     }                                                                                              \
                                                                                                    \
     LPSGD_INLINE void name##_element(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k)\
@@ -166,7 +175,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
     LPSGD_INLINE void name##_work(const lpsgd_cuda_step_arguments *a, lpsgd_cuda_place place)      \
     {                                                                                              \
         const lpsgd_cuda_scalars *s = a->device_scalars ? a->device_scalars : &a->scalars;         \
-        const lpsgd_scalars *k = &s->k;                                                            \
+        const lpsgd_scalars copy = s->k, *k = &copy;                                               \
         if (s->skip)                                                                               \
             return;                                                                                \
         for (int64_t tile = place.block; tile < a->tiles; tile += place.blocks) {                  \
@@ -174,14 +183,12 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             const int64_t size = (int64_t)LPSGD_CUDA_TILE_BYTES / (int64_t)sizeof(T);              \
             const int64_t start = (tile - t->first_tile) * size;                                   \
             const int64_t end = t->numel - start < size ? t->numel : start + size;                 \
-            int64_t vectors_end = start;                                                           \
-            if (t->aligned) {                                                                      \
-                vectors_end = end - (end - start) % name##_width;                                  \
-                for (int64_t i = start + (int64_t)place.thread * name##_width; i < vectors_end;    \
-                     i += LPSGD_CUDA_THREADS * name##_width)                                       \
-                    name##_vector(t, i, k);                                                        \
-            }                                                                                      \
-            for (int64_t i = vectors_end + place.thread; i < end; i += LPSGD_CUDA_THREADS)         \
+            const int64_t vectors_end = (t->aligned ? end : start) / name##_width;                 \
+            for (int64_t v = start / name##_width + place.thread; v < vectors_end;                 \
+                 v += LPSGD_CUDA_THREADS)                                                          \
+                name##_vector(t, v, k);                                                            \
+            for (int64_t i = vectors_end * name##_width + place.thread; i < end;                   \
+                 i += LPSGD_CUDA_THREADS)                                                          \
                 name##_element(t, i, k);                                                           \
         }                                                                                          \
     }
