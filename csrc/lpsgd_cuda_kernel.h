@@ -3,7 +3,7 @@
  * lpsgd_cuda_kernel.h: what the CUDA kernels and their host side share, and one thread's work.
  *
  * The same source is compiled by nvcc for the GPU and, in tests, as C for an emulated grid: threads
- * share nothing, so that a grid is a loop. LPSGD_THREAD says which thread this is.
+ * share nothing, so that a grid is a loop.
  *
  * A launch steps up to LPSGD_CUDA_TENSORS tensors. Each is cut into tiles of equal size, a block
  * takes one tile after the other, and a thread 16 bytes of param at a time (a vector), wherever
@@ -14,6 +14,14 @@
 #define LPSGD_CUDA_KERNEL_H
 
 #include "lpsgd_element.h"
+
+#ifdef __CUDACC__
+#define LPSGD_ALIGN(n) __align__(n)
+#define LPSGD_UNROLL _Pragma("unroll")
+#else
+#define LPSGD_ALIGN(n) __attribute__((aligned(n)))
+#define LPSGD_UNROLL
+#endif
 
 enum {
     LPSGD_CUDA_THREADS = 256,
@@ -63,6 +71,31 @@ typedef struct lpsgd_cuda_fold_arguments {
     lpsgd_device_number lr, p, weight_decay, grad_scale, found_inf;
     lpsgd_cuda_scalars *result;
 } lpsgd_cuda_fold_arguments;
+
+/* The host's half of a launch: takes as many buffers of the list as fit, from *done on, and moves
+ * *done past them. */
+LPSGD_INLINE void lpsgd_cuda_fill(lpsgd_cuda_step_arguments *a, const lpsgd_buffer *list,
+                                  int64_t count, int64_t itemsize, int has_momentum, int64_t *done)
+{
+    const int64_t tile = LPSGD_CUDA_TILE_BYTES / itemsize;
+    a->count = a->tiles = 0;
+    for (; *done < count && a->count < LPSGD_CUDA_TENSORS; (*done)++) {
+        const lpsgd_buffer *b = &list[*done];
+        if (!b->numel)
+            continue;
+        lpsgd_cuda_tensor *t = &a->tensor[a->count++];
+        t->param = b->param;
+        t->grad = b->grad;
+        t->momentum_buffer = has_momentum ? b->momentum_buffer : NULL;
+        t->numel = b->numel;
+        t->key = lpsgd_key(a->scalars.k.rounding_key, b->stream);
+        t->index = b->index;
+        t->first_tile = a->tiles;
+        t->aligned =
+            ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
+        a->tiles += b->numel / tile + (b->numel % tile != 0);
+    }
+}
 
 LPSGD_INLINE double lpsgd_cuda_number(lpsgd_device_number number, double value)
 {
