@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 # make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
+# make test-frameworks  runs those with Lightning, Hugging Face, timm and torchvision; TORCH likewise
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers
 
@@ -9,7 +10,7 @@ TORCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo test lib bench install clean
+.PHONY: demo test test-frameworks lib bench install clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -17,6 +18,9 @@ demo: install
 test: install
 	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64
 	$(IN_VENV) -m pytest
+
+test-frameworks: $(VENV)/.frameworks install
+	$(IN_VENV) -m pytest tests/frameworks
 
 bench: install
 	$(IN_VENV) -m benchmarks.speed.step
@@ -34,6 +38,14 @@ $(VENV)/.torch: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(IN_VENV) -m pip install --quiet "torch==$(TORCH)")
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet ".[demo,test]"
+	touch $@
+
+# The constraint keeps pip from replacing PyTorch. For an older one there may be no torchvision, and
+# timm needs it; their tests are skipped.
+$(VENV)/.frameworks: $(VENV)/.torch
+	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
+	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
+	    ".[frameworks$(if $(TORCH),,,frameworks-vision)]"
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@
  */
 #include "tensors.h"
 
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -106,15 +107,70 @@ static int bump_versions(const torch_api *torch, const tensor_lists *lists)
     return 0;
 }
 
+/* Fills in the stream of each CUDA group's device, and makes sure that steps can run there. */
+static int prepare_cuda(const torch_api *torch, const tensor_lists *lists,
+                        const buffer_groups *groups, lpsgd_cuda_target *targets,
+                        const lpsgd_cuda_target *numbers)
+{
+    for (int i = 0; i < groups->count; i++) {
+        const lpsgd_dl_device device = groups->group[i].device;
+        if (numbers->scratch &&
+            (device.device_type != LPSGD_DL_CUDA || device.device_id != numbers->device)) {
+            PyErr_Format(PyExc_ValueError, "%s(): with scratch, all params must be on its device",
+                         lists->function);
+            return -1;
+        }
+        if (device.device_type != LPSGD_DL_CUDA)
+            continue;
+        targets[i] = *numbers;
+        targets[i].device = device.device_id;
+        if (lpsgd_cuda_prepare(device.device_id) != LPSGD_OK) {
+            PyErr_Format(PyExc_RuntimeError, "%s(): %s", lists->function, lpsgd_cuda_error());
+            return -1;
+        }
+        if (!torch->dlpack->current_work_stream ||
+            torch->dlpack->current_work_stream(device.device_type, device.device_id,
+                                               &targets[i].stream)) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_RuntimeError, "PyTorch does not tell its current stream");
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* The CUDA groups come first: a launch may be refused, the rest cannot. */
+static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_target *targets,
+                                const lpsgd_hyper *hyper, int has_momentum, int threads)
+{
+    lpsgd_status status = LPSGD_OK;
+    for (int cuda = 1; cuda >= 0; cuda--)
+        for (int i = 0; i < groups->count && status == LPSGD_OK; i++) {
+            const buffer_group *g = &groups->group[i];
+            if ((g->device.device_type == LPSGD_DL_CUDA) != cuda)
+                continue;
+            if (cuda)
+                status = (has_momentum ? lpsgdm_cuda_step : lpsgd_cuda_step)(
+                    g->list, g->count, g->dtype, hyper, &targets[i]);
+            else
+                status = (has_momentum ? lpsgdm_step : lpsgd_step)(g->list, g->count, g->dtype,
+                                                                   hyper, threads);
+        }
+    return status;
+}
+
 /* The step of both functions: validate everything, then mutate, or don't. */
 static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *sequences,
-                      const lpsgd_hyper *hyper, int mutate)
+                      const lpsgd_hyper *hyper, const lpsgd_cuda_target *numbers, int mutate)
 {
     const int has_momentum = lists->count > 2;
-    buffer_lists buffers = {0};
+    buffer_groups groups;
+    lpsgd_cuda_target targets[MAX_GROUPS];
     lpsgd_status status = LPSGD_OK;
     PyObject *result = NULL;
 
+    groups.count = 0;
+    groups.memory = NULL;
     if (check_hyper(hyper))
         goto done;
     for (int j = 0; j < lists->count; j++) {
@@ -122,7 +178,8 @@ static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *se
         if (!lists->tuple[j])
             goto done;
     }
-    if (tensor_lists_read(torch, lists, &buffers))
+    if (tensor_lists_read(torch, lists, &groups) ||
+        prepare_cuda(torch, lists, &groups, targets, numbers))
         goto done;
     if (!mutate) {
         result = Py_NewRef(Py_None);
@@ -133,17 +190,16 @@ static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *se
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    for (int d = 0; d < DTYPE_COUNT && status == LPSGD_OK; d++)
-        if (buffers.count[d])
-            status = (has_momentum ? lpsgdm_step : lpsgd_step)(
-                buffers.of_dtype[d], buffers.count[d], (lpsgd_dtype)d, hyper, threads);
+    status = step_groups(&groups, targets, hyper, has_momentum, threads);
     Py_END_ALLOW_THREADS
     if (status == LPSGD_OK)
         result = Py_NewRef(Py_None);
+    else if (status == LPSGD_ERROR_CUDA)
+        PyErr_Format(torch->cuda_error, "%s(): %s", lists->function, lpsgd_cuda_error());
     else
         PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
 done:
-    PyMem_Free(buffers.memory);
+    PyMem_Free(groups.memory);
     for (int j = 0; j < lists->count; j++)
         Py_XDECREF(lists->tuple[j]);
     return result;
@@ -152,7 +208,7 @@ done:
 PyDoc_STRVAR(lpsgd_doc,
 "lpsgd_(params, grads, *, lr, p, weight_decay=0.0, eps=1e-08, pivot=1.0, maximize=False,\n"
 "       grad_scale=None, found_inf=None, seed=None, step=0, streams=None, offsets=None,\n"
-"       dry_run=False)\n"
+"       scratch=None, dry_run=False)\n"
 "--\n"
 "\n"
 "One LPSGD step in place (arXiv:2606.02078, eq 21 and 22), for every element:\n"
@@ -161,7 +217,7 @@ PyDoc_STRVAR(lpsgd_doc,
 "    param = (1 - lr * weight_decay) * param - lr * u\n"
 "\n"
 "Args:\n"
-"    params: list or tuple of dense CPU tensors, float32, float64, bfloat16 or float16, of type\n"
+"    params: list or tuple of dense CPU or CUDA tensors, float32, float64, bfloat16 or float16, of type\n"
 "        Tensor or Parameter exactly; no two may share memory. Updated in place, whether or not\n"
 "        they require grad; autograd's version counters are incremented.\n"
 "    grads: one tensor for each parameter, of its shape, dtype and strides. Not changed.\n"
@@ -179,6 +235,9 @@ PyDoc_STRVAR(lpsgd_doc,
 "    streams: one int for each parameter, its number in the model; None for 0, 1, ...\n"
 "    offsets: one int for each parameter, the index of its first element in the whole parameter that\n"
 "        it is a shard of; None for zeros.\n"
+"    scratch: a uint8 tensor of cuda_scratch_size() elements on the CUDA device of all params. With\n"
+"        it, lr, p, weight_decay, grad_scale and found_inf may be one-element tensors there, which\n"
+"        the GPU reads when it makes the step, unchecked; without it their values are waited for.\n"
 "    dry_run: check everything and change nothing.\n"
 "\n"
 "Raises TypeError, ValueError or RuntimeError with the name of the argument and the index; then no\n"
@@ -189,7 +248,7 @@ PyDoc_STRVAR(lpsgdm_doc,
 "lpsgdm_(params, grads, momentum_buffers, *, lr, p, momentum=0.9, weight_decay=0.0, eps=1e-08, "
 "pivot=1.0, maximize=False,\n"
 "        momentum_float32=False, grad_scale=None, found_inf=None, seed=None, step=0, streams=None,\n"
-"        offsets=None, dry_run=False)\n"
+"        offsets=None, scratch=None, dry_run=False)\n"
 "--\n"
 "\n"
 "One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element:\n"
@@ -205,6 +264,20 @@ PyDoc_STRVAR(lpsgdm_doc,
 "    momentum_float32: the momentum buffers of bfloat16 and float16 parameters are float32.\n"
 "\n"
 "The other arguments, the errors and what it says of threads are those of lpsgd_.");
+
+/* Like read_double; but with scratch, a tensor on its device is left for the GPU to read. */
+static int read_number(const torch_api *torch, const char *function, const char *name,
+                       PyObject *object, double *value, const lpsgd_cuda_target *target,
+                       lpsgd_device_number *number)
+{
+    int device = 0;
+    if (object && target->scratch && cuda_number(torch, object, number, &device)) {
+        if (device == target->device)
+            return 0;
+        number->pointer = NULL;
+    }
+    return read_double(function, name, object, value);
+}
 
 static int refuse_argument(const char *function, const char *name, const char *what)
 {
@@ -238,13 +311,13 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
 {
     static char *lpsgd_names[] = {"params",    "grads",      "lr",        "p",       "weight_decay",
                                   "eps",       "pivot",      "maximize",  "grad_scale", "found_inf",
-                                  "seed",      "step",       "streams",   "offsets", "dry_run",
-                                  NULL};
+                                  "seed",      "step",       "streams",   "offsets", "scratch",
+                                  "dry_run",   NULL};
     static char *lpsgdm_names[] = {"params",     "grads",    "momentum_buffers", "lr",
                                    "p",          "weight_decay", "eps",          "pivot",
                                    "maximize",   "grad_scale", "found_inf",      "seed",
-                                   "step",       "streams",  "offsets",          "dry_run",
-                                   "momentum",   "momentum_float32", NULL};
+                                   "step",       "streams",  "offsets",          "scratch",
+                                   "dry_run",    "momentum", "momentum_float32", NULL};
     const char *function = has_momentum ? "lpsgdm_" : "lpsgd_";
     tensor_lists lists = {
         .function = function,
@@ -255,22 +328,23 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
     PyObject *sequence[MAX_LISTS] = {NULL}, *lr = NULL, *p = NULL, *momentum = NULL,
              *weight_decay = NULL, *eps = NULL, *pivot = NULL, *grad_scale = Py_None,
              *found_inf = Py_None, *seed = Py_None, *rounding_step = NULL, *streams = Py_None,
-             *offsets = Py_None;
+             *offsets = Py_None, *scratch = Py_None;
     lpsgd_hyper hyper = {
         .momentum = has_momentum ? 0.9 : 0.0, .eps = 1e-8, .pivot = 1.0, .grad_scale = 1.0};
+    lpsgd_cuda_target numbers = {.scratch = NULL};
     double found = 0.0;
     int dry_run = 0;
     const int parsed =
         has_momentum
             ? PyArg_ParseTupleAndKeywords(
-                  args, kwargs, "OOO|$OOOOOpOOOOOOpOp:lpsgdm_", lpsgdm_names, &sequence[0],
+                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOp:lpsgdm_", lpsgdm_names, &sequence[0],
                   &sequence[1], &sequence[2], &lr, &p, &weight_decay, &eps, &pivot, &hyper.maximize,
-                  &grad_scale, &found_inf, &seed, &rounding_step, &streams, &offsets, &dry_run,
-                  &momentum, &hyper.momentum_float32)
-            : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOpOOOOOOp:lpsgd_", lpsgd_names,
+                  &grad_scale, &found_inf, &seed, &rounding_step, &streams, &offsets, &scratch,
+                  &dry_run, &momentum, &hyper.momentum_float32)
+            : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOpOOOOOOOp:lpsgd_", lpsgd_names,
                                           &sequence[0], &sequence[1], &lr, &p, &weight_decay, &eps,
                                           &pivot, &hyper.maximize, &grad_scale, &found_inf, &seed,
-                                          &rounding_step, &streams, &offsets, &dry_run);
+                                          &rounding_step, &streams, &offsets, &scratch, &dry_run);
     if (!parsed)
         return NULL;
     if (!lr || !p) {
@@ -278,14 +352,25 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
                      function, lr ? "p" : "lr");
         return NULL;
     }
-    if (read_double(function, "lr", lr, &hyper.lr) || read_double(function, "p", p, &hyper.p) ||
+    torch_api *torch = state_of(module);
+    if (scratch != Py_None) {
+        numbers.scratch =
+            cuda_scratch(torch, function, scratch, lpsgd_cuda_scratch_size(), &numbers.device);
+        if (!numbers.scratch)
+            return NULL;
+    }
+    hyper.p = 2.0; /* where the GPU has the number */
+    if (read_number(torch, function, "lr", lr, &hyper.lr, &numbers, &numbers.lr) ||
+        read_number(torch, function, "p", p, &hyper.p, &numbers, &numbers.p) ||
         read_double(function, "momentum", momentum, &hyper.momentum) ||
-        read_double(function, "weight_decay", weight_decay, &hyper.weight_decay) ||
+        read_number(torch, function, "weight_decay", weight_decay, &hyper.weight_decay, &numbers,
+                    &numbers.weight_decay) ||
         read_double(function, "eps", eps, &hyper.eps) ||
         read_double(function, "pivot", pivot, &hyper.pivot) ||
-        (grad_scale != Py_None &&
-         read_double(function, "grad_scale", grad_scale, &hyper.grad_scale)) ||
-        (found_inf != Py_None && read_double(function, "found_inf", found_inf, &found)) ||
+        (grad_scale != Py_None && read_number(torch, function, "grad_scale", grad_scale,
+                                              &hyper.grad_scale, &numbers, &numbers.grad_scale)) ||
+        (found_inf != Py_None && read_number(torch, function, "found_inf", found_inf, &found,
+                                             &numbers, &numbers.found_inf)) ||
         (rounding_step && read_integer(function, "step", rounding_step, &hyper.step)))
         return NULL;
     if (seed != Py_None) {
@@ -300,7 +385,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
         read_numbers(function, "offsets", offsets, n, &lists.indices))
         return NULL;
     lists.momentum_float32 = hyper.momentum_float32;
-    return step(state_of(module), &lists, sequence, &hyper, !dry_run && found == 0.0);
+    return step(torch, &lists, sequence, &hyper, &numbers, !dry_run && found == 0.0);
 }
 
 static PyObject *lpsgd(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -379,12 +464,42 @@ static PyObject *cpu_capability(PyObject *module, PyObject *unused)
     return PyUnicode_FromString(lpsgd_cpu_capability());
 }
 
+PyDoc_STRVAR(cuda_refusal_doc,
+"cuda_refusal(device)\n"
+"--\n"
+"\n"
+"None if steps can run on the CUDA device of this index, else why they cannot: the driver's own\n"
+"words, or that this build has no CUDA kernels. Loads the driver and the kernels.");
+
+static PyObject *cuda_refusal(PyObject *module, PyObject *object)
+{
+    (void)module;
+    const long device = PyLong_AsLong(object);
+    if (device == -1 && PyErr_Occurred())
+        return NULL;
+    if (lpsgd_cuda_prepare(device < -1 || device > INT_MAX ? -1 : (int)device) == LPSGD_OK)
+        return Py_NewRef(Py_None);
+    return PyUnicode_FromString(lpsgd_cuda_error());
+}
+
+PyDoc_STRVAR(cuda_scratch_size_doc,
+"cuda_scratch_size()\n"
+"--\n"
+"\n"
+"The least number of elements of the argument `scratch` of lpsgd_ and lpsgdm_.");
+
+static PyObject *cuda_scratch_size(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    return PyLong_FromLongLong(lpsgd_cuda_scratch_size());
+}
+
 PyDoc_STRVAR(build_info_doc,
 "build_info()\n"
 "--\n"
 "\n"
 "How this binary was built, as a dict: 'version', 'compiler', 'openmp' (False: every step runs in\n"
-"one thread) and 'cuda'.");
+"one thread) and 'cuda' (False: CUDA tensors take PyTorch's operations).");
 
 static PyObject *build_info(PyObject *module, PyObject *unused)
 {
@@ -395,13 +510,16 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
 #else
                          "GCC " __VERSION__,
 #endif
-                         "openmp", lpsgd_has_openmp() ? Py_True : Py_False, "cuda", Py_False);
+                         "openmp", lpsgd_has_openmp() ? Py_True : Py_False, "cuda",
+                         lpsgd_has_cuda() ? Py_True : Py_False);
 }
 
 static PyMethodDef methods[] = {
     {"lpsgd_", (PyCFunction)(void (*)(void))lpsgd, METH_VARARGS | METH_KEYWORDS, lpsgd_doc},
     {"lpsgdm_", (PyCFunction)(void (*)(void))lpsgdm, METH_VARARGS | METH_KEYWORDS, lpsgdm_doc},
     {"rho", rho, METH_O, rho_doc},
+    {"cuda_refusal", cuda_refusal, METH_O, cuda_refusal_doc},
+    {"cuda_scratch_size", cuda_scratch_size, METH_NOARGS, cuda_scratch_size_doc},
     {"cosine_p", (PyCFunction)(void (*)(void))cosine_p, METH_VARARGS | METH_KEYWORDS, cosine_p_doc},
     {"cpu_capability", cpu_capability, METH_NOARGS, cpu_capability_doc},
     {"build_info", build_info, METH_NOARGS, build_info_doc},
@@ -420,9 +538,22 @@ static int choose_capability(void)
                             wish, got);
 }
 
+PyDoc_STRVAR(cuda_error_doc,
+"The CUDA driver refused a launch after everything had been checked. Of a step of more than 500\n"
+"tensors a part may have been made.");
+
+static int add_cuda_error(PyObject *module)
+{
+    torch_api *torch = state_of(module);
+    torch->cuda_error = PyErr_NewExceptionWithDoc("lpsgd_ext.CudaError", cuda_error_doc,
+                                                  PyExc_RuntimeError, NULL);
+    return torch->cuda_error ? PyModule_AddObjectRef(module, "CudaError", torch->cuda_error) : -1;
+}
+
 static int module_exec(PyObject *module)
 {
-    return torch_api_load(state_of(module)) || choose_capability() ? -1 : 0;
+    return torch_api_load(state_of(module)) || add_cuda_error(module) || choose_capability() ? -1
+                                                                                             : 0;
 }
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
@@ -431,6 +562,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(torch->tensor_type);
     Py_VISIT(torch->parameter_type);
     Py_VISIT(torch->is_neg);
+    Py_VISIT(torch->cuda_error);
     Py_VISIT(torch->is_inference);
     Py_VISIT(torch->is_inference_mode_enabled);
     Py_VISIT(torch->untyped_storage);
@@ -447,6 +579,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(torch->tensor_type);
     Py_CLEAR(torch->parameter_type);
     Py_CLEAR(torch->is_neg);
+    Py_CLEAR(torch->cuda_error);
     Py_CLEAR(torch->is_inference);
     Py_CLEAR(torch->is_inference_mode_enabled);
     Py_CLEAR(torch->untyped_storage);

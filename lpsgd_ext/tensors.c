@@ -238,12 +238,14 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
             PyErr_SetString(PyExc_RuntimeError, "PyTorch gives no access to its memory");
         return refuse_because(at);
     }
-    if (out->device.device_type != LPSGD_DL_CPU) {
+    const int device_type = out->device.device_type;
+    if (device_type != LPSGD_DL_CPU && !(device_type == LPSGD_DL_CUDA && lpsgd_has_cuda())) {
         PyObject *device = PyObject_GetAttrString(tensor, "device");
         if (!device)
             return -1;
-        PyErr_Format(PyExc_ValueError, "%s(): %s[%zd] is on %S, but only CPU tensors are supported",
-                     at->function, at->name, at->index, device);
+        PyErr_Format(PyExc_ValueError, "%s(): %s[%zd] is on %S, but only %s tensors are supported",
+                     at->function, at->name, at->index, device,
+                     lpsgd_has_cuda() ? "CPU and CUDA" : "CPU");
         Py_DECREF(device);
         return -1;
     }
@@ -301,6 +303,8 @@ static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsg
     if (memcmp(expected, &other->dtype, sizeof *expected) != 0)
         return refuse(at, PyExc_TypeError,
                       expected == &single ? "is not float32" : "differs from the parameter in dtype");
+    if (memcmp(&param->device, &other->device, sizeof param->device) != 0)
+        return refuse(at, PyExc_ValueError, "differs from the parameter in device");
     if (param->ndim != other->ndim)
         return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
     for (int d = 0; d < param->ndim; d++)
@@ -480,24 +484,62 @@ static int check_lengths(const tensor_lists *lists)
     return 0;
 }
 
-int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists *buffers)
+/* A buffer and the index of its group. */
+typedef struct grouped_buffer {
+    lpsgd_buffer buffer;
+    int group;
+} grouped_buffer;
+
+/* The index of the group, made if there is none yet; -1: too many. */
+static int find_group(buffer_groups *groups, lpsgd_dl_device device, lpsgd_dtype dtype)
+{
+    for (int i = groups->count - 1; i >= 0; i--) {
+        const buffer_group *g = &groups->group[i];
+        if (g->dtype == dtype && memcmp(&g->device, &device, sizeof device) == 0)
+            return i;
+    }
+    if (groups->count == MAX_GROUPS)
+        return -1;
+    groups->group[groups->count] = (buffer_group){.device = device, .dtype = dtype};
+    return groups->count++;
+}
+
+/* Lays the groups' buffers one behind the other into `list`. */
+static void distribute(buffer_groups *groups, const grouped_buffer *from, Py_ssize_t count,
+                       lpsgd_buffer *list)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        groups->group[from[i].group].count++;
+    for (int g = 0; g < groups->count; g++) {
+        groups->group[g].list = list;
+        list += groups->group[g].count;
+        groups->group[g].count = 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        buffer_group *g = &groups->group[from[i].group];
+        g->list[g->count++] = from[i].buffer;
+    }
+}
+
+int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_groups *groups)
 {
     const Py_ssize_t n = PyTuple_Size(lists->tuple[0]);
-    memset(buffers, 0, sizeof *buffers);
+    groups->count = 0;
+    groups->memory = NULL;
     if (check_lengths(lists))
         return -1;
     if (n == 0)
         return 0;
     checked_lists *checked = take(torch, lists, n);
-    lpsgd_buffer *memory = PyMem_Calloc((size_t)n, DTYPE_COUNT * sizeof *memory);
-    buffers->memory = memory;
+    lpsgd_buffer *list = PyMem_Calloc((size_t)n, sizeof *list + sizeof(grouped_buffer));
+    grouped_buffer *buffers = list ? (grouped_buffer *)(list + n) : NULL;
+    Py_ssize_t count = 0;
+    groups->memory = list;
     int result = -1;
-    if (!checked || !memory) {
+    if (!checked || !list) {
         PyErr_NoMemory();
         goto done;
     }
-    for (int d = 0; d < DTYPE_COUNT; d++)
-        buffers->of_dtype[d] = memory + d * n;
 
     const int complete = checked->complete;
     int written_changed = 0;
@@ -523,16 +565,24 @@ int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists 
         if (read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
             read_number(lists, "offsets", lists->indices, i, 0, &index))
             goto done;
-        if (numel)
-            buffers->of_dtype[of_param][buffers->count[of_param]++] = (lpsgd_buffer){
-                .param = tensor[0].data,
-                .grad = tensor[1].data,
-                .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
-                .numel = numel,
-                .stream = stream,
-                .index = index,
-            };
+        if (!numel)
+            continue;
+        const int group = find_group(groups, tensor[0].device, of_param);
+        if (group < 0) {
+            PyErr_Format(PyExc_ValueError, "%s(): tensors on too many devices", lists->function);
+            goto done;
+        }
+        buffers[count].group = group;
+        buffers[count++].buffer = (lpsgd_buffer){
+            .param = tensor[0].data,
+            .grad = tensor[1].data,
+            .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
+            .numel = numel,
+            .stream = stream,
+            .index = index,
+        };
     }
+    distribute(groups, buffers, count, list);
     checked->complete = complete && !written_changed;
     if (!checked->complete && check_written(lists, checked))
         goto done;
@@ -541,4 +591,51 @@ done:
     if (checked)
         put_back(torch, checked);
     return result;
+}
+
+int cuda_number(const torch_api *torch, PyObject *object, lpsgd_device_number *number, int *device)
+{
+    lpsgd_dl_tensor tensor;
+    int64_t itemsize;
+    const PyTypeObject *type = Py_TYPE(object);
+    if (type != (PyTypeObject *)torch->tensor_type && type != (PyTypeObject *)torch->parameter_type)
+        return 0;
+    if (torch->dlpack->dltensor_from_py_object_no_sync(object, &tensor)) {
+        PyErr_Clear();
+        return 0;
+    }
+    if (tensor.device.device_type != LPSGD_DL_CUDA || !tensor.data ||
+        dtype_of(&tensor.dtype, &number->dtype, &itemsize) || dense_numel(&tensor, itemsize) != 1)
+        return 0;
+    number->pointer = (const char *)tensor.data + tensor.byte_offset;
+    *device = tensor.device.device_id;
+    return 1;
+}
+
+void *cuda_scratch(const torch_api *torch, const char *function, PyObject *object, int64_t bytes,
+                   int *device)
+{
+    lpsgd_dl_tensor tensor;
+    const place at = {function, "scratch", 0};
+    if (check_type(torch, &at, object))
+        return NULL;
+    if (torch->dlpack->dltensor_from_py_object_no_sync(object, &tensor)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_RuntimeError, "PyTorch gives no access to its memory");
+        refuse_because(&at);
+        return NULL;
+    }
+    const uintptr_t data = (uintptr_t)tensor.data + tensor.byte_offset;
+    if (tensor.device.device_type != LPSGD_DL_CUDA || tensor.dtype.code != LPSGD_DL_UINT ||
+        tensor.dtype.bits != 8 || tensor.dtype.lanes != 1 || !tensor.data || data % 8 ||
+        dense_numel(&tensor, 1) < bytes || check_storage(torch, &at, object, bytes, 1)) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError,
+                         "%s(): argument 'scratch' must be a dense uint8 CUDA tensor of at least "
+                         "%lld elements",
+                         function, (long long)bytes);
+        return NULL;
+    }
+    *device = tensor.device.device_id;
+    return (void *)data;
 }

@@ -11,13 +11,14 @@
 #include "dlpack_abi.h"
 #include "lpsgd.h"
 
-enum { DTYPE_COUNT = 4, MAX_LISTS = 3, RECENT_COUNT = 8 };
+enum { MAX_LISTS = 3, MAX_GROUPS = 256, RECENT_COUNT = 8 };
 
 /* What the module keeps of PyTorch, and of the calls before; one per module object. */
 typedef struct torch_api {
     PyObject *tensor_type, *parameter_type;
     PyObject *is_neg, *is_inference, *untyped_storage, *storage_offset; /* of torch.Tensor */
     PyObject *increment_version, *get_num_threads, *is_inference_mode_enabled;
+    PyObject *cuda_error; /* the module's exception */
     const lpsgd_dl_api *dlpack;
     struct checked_lists *recent[RECENT_COUNT]; /* NULL where free */
 } torch_api;
@@ -34,12 +35,19 @@ typedef struct tensor_lists {
     PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
 } tensor_lists;
 
-/* The non-empty tensors' memory, grouped by dtype: one list for each lpsgd_dtype. */
-typedef struct buffer_lists {
-    lpsgd_buffer *of_dtype[DTYPE_COUNT];
-    int64_t count[DTYPE_COUNT];
+/* The non-empty tensors' memory, grouped by device and dtype. */
+typedef struct buffer_group {
+    lpsgd_dl_device device;
+    lpsgd_dtype dtype;
+    lpsgd_buffer *list;
+    int64_t count;
+} buffer_group;
+
+typedef struct buffer_groups {
+    buffer_group group[MAX_GROUPS];
+    int count;
     void *memory; /* to be given to PyMem_Free */
-} buffer_lists;
+} buffer_groups;
 
 /* Imports torch and fills `torch`. Returns 0, or -1 with an exception. */
 int torch_api_load(torch_api *torch);
@@ -47,8 +55,17 @@ int torch_api_load(torch_api *torch);
 /* Forgets the calls before. */
 void torch_api_forget(torch_api *torch);
 
-/* Checks everything there is to check about the tensors and fills `buffers`. Writes to no tensor.
+/* Checks everything there is to check about the tensors and fills `groups`. Writes to no tensor.
  * Returns 0, or -1 with an exception that names the argument and the index. */
-int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_lists *buffers);
+int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_groups *groups);
+
+/* Reads a Tensor of one floating-point element on a CUDA device. Returns 1 and fills the number and
+ * its device; 0 if `object` is anything else. Raises nothing. */
+int cuda_number(const torch_api *torch, PyObject *object, lpsgd_device_number *number, int *device);
+
+/* The memory of a dense uint8 Tensor of at least `bytes` elements on a CUDA device, which it fills
+ * in; NULL with an exception for anything else. */
+void *cuda_scratch(const torch_api *torch, const char *function, PyObject *object, int64_t bytes,
+                   int *device);
 
 #endif

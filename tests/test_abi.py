@@ -28,6 +28,8 @@ PAIRS = {
 ENUMS = {
     "DLPACK_MAJOR_VERSION": "LPSGD_DL_MAJOR",
     "kDLCPU": "LPSGD_DL_CPU",
+    "kDLCUDA": "LPSGD_DL_CUDA",
+    "kDLUInt": "LPSGD_DL_UINT",
     "kDLFloat": "LPSGD_DL_FLOAT",
     "kDLBfloat": "LPSGD_DL_BFLOAT",
 }

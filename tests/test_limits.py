@@ -9,15 +9,7 @@ from torch.optim import SGD
 
 import lpsgd
 import lpsgd_ext
-from helpers import CLASSES, DTYPES, bits
-
-has_fma = lpsgd_ext.cpu_capability() != "default" or torch.backends.cpu.get_cpu_capability() in (
-    "AVX2",
-    "AVX512",
-)
-needs_fma = pytest.mark.skipif(
-    not has_fma, reason="PyTorch computes SGD without FMA on this CPU, in other bits"
-)
+from helpers import CLASSES, DTYPES, assert_same_bits, bits, needs_fma, sgd_with_dampening
 
 
 def network(dtype=torch.float32):
@@ -41,11 +33,6 @@ def train(optimizer_of, steps=100, dtype=torch.float32):
     return model, optimizer
 
 
-def assert_same_bits(model, other):
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(bits(a), bits(b))
-
-
 @needs_fma
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_p2_is_sgd_bitwise(dtype):
@@ -57,14 +44,8 @@ def test_p2_is_sgd_bitwise(dtype):
 
 @needs_fma
 def test_p2_lpsgdm_is_sgd_with_dampening_from_a_zero_buffer_bitwise():
-    def sgd(params):
-        optimizer = SGD(params, lr=0.5, momentum=0.9, dampening=0.9, foreach=False)
-        for param in optimizer.param_groups[0]["params"]:
-            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
-        return optimizer
-
     ours, our_optimizer = train(lambda params: lpsgd.LPSGDM(params, lr=0.5, p=2.0))
-    theirs, their_optimizer = train(sgd)
+    theirs, their_optimizer = train(lambda params: sgd_with_dampening(params, lr=0.5))
     assert_same_bits(ours, theirs)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         a_buffer = our_optimizer.state[a]["momentum_buffer"]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The classes: bookkeeping in torch.optim's style around the steps of lpsgd_ext and _eager."""
 
+import functools
 import inspect
 import itertools
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -84,11 +86,22 @@ def _observed() -> bool:
     )
 
 
+@functools.cache
+def _cuda_works(device: int) -> bool:
+    """Whether the C kernels run on this CUDA device; warns if they don't."""
+    refusal = "this PyTorch is built for ROCm" if torch.version.hip else None
+    refusal = refusal or lpsgd_ext.cuda_refusal(device)
+    if refusal:
+        warnings.warn(f"PyTorch's operations step on cuda:{device}: {refusal}", stacklevel=2)
+    return refusal is None
+
+
 def _is_native(tensors: tuple[Tensor, ...]) -> bool:
     """Whether the C kernels are meant for this parameter and what goes with it."""
     param = tensors[0]
+    device = param.device
     return (
-        param.device.type == "cpu"
+        (device.type == "cpu" or (device.type == "cuda" and _cuda_works(device.index)))
         and param.dtype in _NATIVE_DTYPES
         and all(_has_native_memory(param, tensor) for tensor in tensors)
         and _is_dense(param)
@@ -176,11 +189,12 @@ def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
 
 def _check_fused(rows: Sequence[_Row]) -> None:
     """torch.optim's error for `fused=True` where the kind of parameter has no C kernel."""
+    supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
     for param in (row.tensors[0] for row in rows):
-        if param.device.type != "cpu" or param.dtype not in _NATIVE_DTYPES:
+        if param.device.type not in supported or param.dtype not in _NATIVE_DTYPES:
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of "
-                f"supported devices: ['cpu'] but {param.dtype} and {param.device.type}"
+                f"supported devices: {supported} but {param.dtype} and {param.device.type}"
             )
 
 
@@ -188,6 +202,21 @@ def _check_capturable(params: Sequence[Tensor]) -> None:
     devices = _get_capturable_supported_devices(supports_xla=False)
     if any(param.device.type not in devices for param in params):
         raise AssertionError(f"If capturable=True, params must be on supported devices: {devices}.")
+
+
+def _is_on_cuda(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def _for_device(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Values as the C kernels on a device take them. Those that are on a GPU stay on one: nothing
+    waits for it."""
+    on_cuda = [name for name, value in values.items() if _is_on_cuda(value)]
+    moved = {name: values[name].to(device, non_blocking=device.type == "cuda") for name in on_cuda}
+    if on_cuda and device.type == "cuda":
+        size = lpsgd_ext.cuda_scratch_size()
+        moved["scratch"] = torch.empty(size, dtype=torch.uint8, device=device)
+    return {**values, **moved}
 
 
 def _for_eager(group: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +267,13 @@ def _eager_calls(
             numbers = {**values, **rounding, **_numbers_of(same)}
             calls.append(partial(_eager.for_loop, params, grads, momentum_buffers, **numbers))
     return calls
+
+
+def _by_device(rows: Iterable[_Row]) -> list[tuple[torch.device, list[_Row]]]:
+    on: dict[torch.device, list[_Row]] = {}
+    for row in rows:
+        on.setdefault(row.tensors[0].device, []).append(row)
+    return list(on.items())
 
 
 def _numbers_of(rows: Sequence[_Row]) -> dict[str, Any]:
@@ -429,9 +465,9 @@ class _LPOptimizer(Optimizer):
         self._write(gathered, calls)
 
     def _found_inf(self) -> bool:
-        """Whether torch.amp.GradScaler found a gradient that is not finite."""
+        """Whether torch.amp.GradScaler found a gradient that is not finite, if the CPU knows."""
         found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and bool(found_inf != 0)
+        return found_inf is not None and not _is_on_cuda(found_inf) and bool(found_inf != 0)
 
     def _prepare(self, gathered: Sequence[_Gathered]) -> list[Callable[[], None]]:
         """Checks everything there is to check; returns the calls that are left to make."""
@@ -458,6 +494,9 @@ class _LPOptimizer(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is not None:
             values["grad_scale"] = grad_scale
+        found_inf = getattr(self, "found_inf", None)
+        if _is_on_cuda(found_inf):
+            values["found_inf"] = found_inf
         if group.get("momentum_dtype") is not None:
             values["momentum_float32"] = True
         stochastic = group["stochastic_rounding"]
@@ -471,12 +510,14 @@ class _LPOptimizer(Optimizer):
         refusal = None
         if group["capturable"] and not fused:
             _check_capturable(lists[0])
-        if in_c:
+        if in_c and not any(map(_is_on_cuda, values.values())):
             numbers: dict[str, Any] = {"streams": streams} if stochastic else {}
             native = partial(self._native_step, lists, **values, **rounding, **numbers)
             try:
                 native(dry_run=not alone)
                 return [] if alone else [native]
+            except lpsgd_ext.CudaError:
+                raise
             except (TypeError, ValueError, RuntimeError) as error:
                 refusal = error.with_traceback(None)  # which holds this frame, which holds it
         # Nothing has been written so far. What C refuses goes to PyTorch's operations.
@@ -490,16 +531,17 @@ class _LPOptimizer(Optimizer):
         others = [row for row in rows if not (in_c and _is_native(row.tensors))]
         if fused and others:
             _check_fused(others)
-            assert refusal is not None
-            raise refusal
+            raise refusal or RuntimeError("`fused=True` needs tensors that the C kernels can step")
         calls: list[Callable[[], None]] = []
-        if native_rows:
-            numbers = {**rounding, **_numbers_of(native_rows)}
-            native = partial(self._native_step, _columns(native_rows), **values, **numbers)
+        for device, same in _by_device(native_rows):
+            numbers = {**_for_device(values, device), **rounding, **_numbers_of(same)}
+            native = partial(self._native_step, _columns(same), **numbers)
             native(dry_run=True)
             calls.append(native)
         use_foreach = bool(foreach) or (foreach is None and fused is None and not differentiable)
-        calls += _eager_calls(others, use_foreach, _for_eager(group, values), rounding)
+        if others and not (_is_on_cuda(found_inf) and found_inf != 0):
+            values.pop("found_inf", None)
+            calls += _eager_calls(others, use_foreach, _for_eager(group, values), rounding)
         written = [tensor for column in lists[::2] for tensor in column]
         if any(_shards.is_dtensor(tensor) for tensor in written):
             calls.append(partial(torch.autograd.graph.increment_version, written))

@@ -4,6 +4,8 @@ from typing import SupportsFloat, TypedDict
 
 from torch import Tensor
 
+class CudaError(RuntimeError): ...
+
 class BuildInfo(TypedDict):
     version: str
     compiler: str
@@ -26,6 +28,7 @@ def lpsgd_(
     step: int = 0,
     streams: Sequence[int] | None = None,
     offsets: Sequence[int] | None = None,
+    scratch: Tensor | None = None,
     dry_run: bool = False,
 ) -> None: ...
 def lpsgdm_(
@@ -47,8 +50,11 @@ def lpsgdm_(
     step: int = 0,
     streams: Sequence[int] | None = None,
     offsets: Sequence[int] | None = None,
+    scratch: Tensor | None = None,
     dry_run: bool = False,
 ) -> None: ...
+def cuda_refusal(device: int) -> str | None: ...
+def cuda_scratch_size() -> int: ...
 def rho(p: SupportsFloat) -> float: ...
 def cosine_p(
     s: SupportsFloat, total: SupportsFloat, p_max: SupportsFloat, p_min: SupportsFloat = 2.0

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""torch.distributed.checkpoint: what one sharding saves, another and one process go on from."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from helpers import bits
+from lpsgd import LPSGD, LPSGDM, CosineAnnealingP
+from ranks import on_ranks
+
+KINDS = {
+    "LPSGD": (LPSGD, torch.float32, {}),
+    "LPSGDM": (LPSGDM, torch.float32, {}),
+    "low precision": (
+        LPSGDM,
+        torch.bfloat16,
+        {"momentum_dtype": torch.float32, "stochastic_rounding": True},
+    ),
+}
+
+
+def shard(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def parallelize(model):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def alone(model):
+    return model
+
+
+def make(kind, shard_as, seed=0, **values):
+    """A model with optimizer and schedule; a checkpoint replaces what another `seed` and `values`
+    make of it."""
+    cls, dtype, fixed = KINDS[kind]
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(7, 8), torch.nn.Tanh(), torch.nn.Linear(8, 5)
+    model = shard_as(torch.nn.Sequential(*layers).to(dtype))
+    groups = [{"params": model[0].parameters(), "p": 4.0}, {"params": model[2].parameters()}]
+    optimizer = cls(groups, **{"lr": 0.1, "weight_decay": 0.1, **fixed, **values})
+    return model, optimizer, CosineAnnealingP(optimizer, total_iters=8)
+
+
+def train(model, optimizer, schedule, steps):
+    """The same gradients in every process, whatever part of them it needs."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements)
+            param.grad = grad
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+
+
+def assert_as_one_process(kind, model, optimizer, steps):
+    """The bits and values of a process that was not interrupted."""
+
+    def whole(tensor):
+        return bits(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+    twin, twin_optimizer, twin_schedule = make(kind, alone)
+    train(twin, twin_optimizer, twin_schedule, range(steps))
+    for param, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(whole(param), bits(expected)), kind
+        for name, value in twin_optimizer.state[expected].items():
+            assert torch.equal(whole(optimizer.state[param][name]), bits(value)), (kind, name)
+    for group, expected in zip(optimizer.param_groups, twin_optimizer.param_groups, strict=True):
+        for name in expected.keys() - {"params"}:
+            assert group[name] == expected[name], (kind, name)
+
+
+def kinds_and_options(folder):
+    for kind in KINDS:
+        for flat in (False, True):
+            options = StateDictOptions(flatten_optimizer_state_dict=flat)
+            yield kind, options, f"{folder}/{kind}, {flat}"
+
+
+def save(folder):
+    for kind, options, path in kinds_and_options(folder):
+        model, optimizer, schedule = make(kind, shard)
+        train(model, optimizer, schedule, range(3))
+        weights, state = get_state_dict(model, optimizer, options=options)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+
+
+def load(folder):
+    for kind, options, path in kinds_and_options(folder):
+        for shard_as in (shard, parallelize, alone):
+            model, optimizer, schedule = make(kind, shard_as, seed=1, lr=1.0, p=7.0)
+            weights, state = get_state_dict(model, optimizer, options=options)
+            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+            set_state_dict(
+                model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options
+            )
+            assert_as_one_process(kind, model, optimizer, 3)
+            train(model, optimizer, schedule, range(3, 6))
+            assert_as_one_process(kind, model, optimizer, 6)
+
+
+def test_checkpoint_of_4_ranks_goes_on_in_2_with_the_same_bits(tmp_path):
+    on_ranks(4, save, tmp_path)
+    on_ranks(2, load, tmp_path)
+
+
+def exchange_full_state_dicts(kind):
+    states = []
+    for shard_as, options in (
+        (shard, StateDictOptions(full_state_dict=True, cpu_offload=True)),
+        (alone, StateDictOptions()),
+    ):
+        model, optimizer, schedule = make(kind, shard_as)
+        train(model, optimizer, schedule, range(3))
+        states.append(get_state_dict(model, optimizer, options=options))
+    (weights, state), (_, expected) = states
+    if dist.get_rank() == 0:
+        assert str(state) == str(expected)  # the same keys, values and tensors
+
+    # From rank 0, which alone has it, to all.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    model, optimizer, schedule = make(kind, shard, seed=1, lr=1.0, p=7.0)
+    set_model_state_dict(model, weights, options=options)
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    train(model, optimizer, schedule, range(3, 6))
+    assert_as_one_process(kind, model, optimizer, 6)
+
+
+LATER = pytest.mark.xfail(strict=True, reason="PyTorch refuses a dtype in a group")
+
+
+@pytest.mark.parametrize("kind", ["LPSGDM", pytest.param("low precision", marks=LATER)])
+def test_full_state_dict_is_that_of_one_process(kind):
+    on_ranks(2, exchange_full_state_dicts, kind)
+
+
+def save_often():
+    # For what has no state yet, PyTorch takes a step with lr = 0 and gradients of zeros.
+    odd = torch.tensor([-0.0, 0.0, 1e-45, -1e-38, 1.0, math.inf, math.nan, -3.0])
+    for kind in KINDS:
+        model, _, _ = make(kind, alone)
+        with torch.no_grad():
+            model[0].bias.copy_(odd)
+        before = [bits(param).clone() for param in model.parameters()]
+        model = shard(model)
+        optimizer = KINDS[kind][0](model.parameters(), lr=0.1, weight_decay=0.5, **KINDS[kind][2])
+        CosineAnnealingP(optimizer, total_iters=8, every_step=True)
+        for _ in range(3):
+            get_optimizer_state_dict(model, optimizer)
+        for param, expected in zip(model.parameters(), before, strict=True):
+            assert torch.equal(bits(param.full_tensor()), expected)
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["p"], group["p_last_epoch"]) == (0.1, 6.0, 0), kind
+        assert group.get("rounding_step", 0) == 0, kind
+
+
+@pytest.mark.xfail(strict=True, reason="PyTorch's step on saving moves p and rounding_step")
+def test_saving_changes_no_parameter_and_moves_no_clock():
+    on_ranks(2, save_often)
