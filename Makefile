@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 # make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
-# make test-frameworks  runs those with Lightning, Hugging Face, timm and torchvision; TORCH likewise
+# make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers
 

@@ -44,7 +44,8 @@ LPSGD_INLINE void step_block_plain(float *restrict param, const float *restrict 
 {
     for (int i = 0; i < n; i++) {
         const float x = next_x(grad, momentum_buffer, i, has_momentum, k);
-        param[i] = lpsgd_apply(param[i], lpsgd_direction(x, rule, k), k);
+        if (rule != LPSGD_RULE_REST)
+            param[i] = lpsgd_apply(param[i], lpsgd_direction(x, rule, k), k);
     }
 }
 
@@ -165,6 +166,7 @@ LPSGD_INLINE void step_half(const lpsgd_buffer *buffer, lpsgd_dtype dtype, const
     const uint16_t *grad = buffer->grad;
     const int converts = momentum_buffer && !k->momentum_float32;
     const int stochastic = dtype == LPSGD_BFLOAT16 && k->stochastic_rounding;
+    const int moves = k->rule != LPSGD_RULE_REST;
     const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
     for (int64_t i = 0; i < buffer->numel; i += block) {
         const int n = buffer->numel - i < block ? (int)(buffer->numel - i) : block;
@@ -177,9 +179,9 @@ LPSGD_INLINE void step_half(const lpsgd_buffer *buffer, lpsgd_dtype dtype, const
         else if (momentum_buffer)
             m = (float *)buffer->momentum_buffer + i;
         step_float32(x, g, m, n, k);
-        if (stochastic)
+        if (moves && stochastic)
             store_stochastic(param + i, x, n, key, index, 0);
-        else
+        else if (moves)
             store_half(param + i, x, n, dtype);
         if (converts && stochastic)
             store_stochastic(momentum_buffer + i, m, n, key, index, 16);
@@ -196,7 +198,8 @@ LPSGD_INLINE void step_float64(double *restrict param, const double *restrict gr
         double x = lpsgd_grad64(grad[i], k);
         if (momentum_buffer)
             momentum_buffer[i] = x = lpsgd_momentum64(momentum_buffer[i], x, k);
-        param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, rule, k), k);
+        if (rule != LPSGD_RULE_REST)
+            param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, rule, k), k);
     }
 }
 

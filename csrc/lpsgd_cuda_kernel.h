@@ -234,7 +234,8 @@ LPSGD_INLINE void lpsgd_cuda_float32(float *param, float grad, float *m, int has
     (void)random;
     if (has_momentum)
         *m = x = lpsgd_momentum(*m, x, k);
-    *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, k), k);
+    if (k->rule != LPSGD_RULE_REST)
+        *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, k), k);
 }
 
 LPSGD_INLINE void lpsgd_cuda_float64(double *param, double grad, double *m, int has_momentum,
@@ -244,7 +245,8 @@ LPSGD_INLINE void lpsgd_cuda_float64(double *param, double grad, double *m, int 
     (void)random;
     if (has_momentum)
         *m = x = lpsgd_momentum64(*m, x, k);
-    *param = lpsgd_apply64(*param, lpsgd_direction64(x, k->rule, k), k);
+    if (k->rule != LPSGD_RULE_REST)
+        *param = lpsgd_apply64(*param, lpsgd_direction64(x, k->rule, k), k);
 }
 
 LPSGD_INLINE void lpsgd_cuda_bfloat16_wide(uint16_t *param, uint16_t grad, float *m,
@@ -253,7 +255,8 @@ LPSGD_INLINE void lpsgd_cuda_bfloat16_wide(uint16_t *param, uint16_t grad, float
 {
     float x = lpsgd_from_bfloat16(*param);
     lpsgd_cuda_float32(&x, lpsgd_from_bfloat16(grad), m, has_momentum, random, k);
-    *param = lpsgd_cuda_to_bfloat16(x, random, k);
+    if (k->rule != LPSGD_RULE_REST)
+        *param = lpsgd_cuda_to_bfloat16(x, random, k);
 }
 
 LPSGD_INLINE void lpsgd_cuda_bfloat16(uint16_t *param, uint16_t grad, uint16_t *m, int has_momentum,
@@ -269,7 +272,8 @@ LPSGD_INLINE void lpsgd_cuda_float16_wide(uint16_t *param, uint16_t grad, float 
 {
     float x = lpsgd_from_float16(*param);
     lpsgd_cuda_float32(&x, lpsgd_from_float16(grad), m, has_momentum, random, k);
-    *param = lpsgd_to_float16(x);
+    if (k->rule != LPSGD_RULE_REST)
+        *param = lpsgd_to_float16(x);
 }
 
 LPSGD_INLINE void lpsgd_cuda_float16(uint16_t *param, uint16_t grad, uint16_t *m, int has_momentum,

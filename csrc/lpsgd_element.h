@@ -33,7 +33,7 @@ typedef enum lpsgd_rule {
     LPSGD_RULE_SGD,
     LPSGD_RULE_SIGN,
     LPSGD_RULE_POWER,
-    LPSGD_RULE_REST /* lr = 0: param stays */
+    LPSGD_RULE_REST /* lr = 0: param is not written, so that even a NaN keeps its bits */
 } lpsgd_rule;
 
 enum { LPSGD_LOG2_DEGREE = 8 };

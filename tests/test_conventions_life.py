@@ -77,10 +77,7 @@ def test_nothing_is_kept_alive_by_a_cycle(cls, make, how):
 @pytest.mark.usefixtures("no_gc")
 @implementations
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_refused_step_keeps_nothing_alive(cls, how, request):
-    if how == IMPLEMENTATIONS["fused"]:
-        reason = "the frame that raises C's refusal again holds it"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_a_refused_step_keeps_nothing_alive(cls, how):
     params = parameters()
     optimizer = cls(params, **how)
     set_grads(params)

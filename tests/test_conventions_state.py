@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 from torch.optim import SGD
+from torch.optim._stateless import swap_in_optimizer_params_and_state
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -295,6 +296,23 @@ def test_a_state_dict_of_other_groups_is_refused_as_sgd_refuses_it(cls, groups):
         return str(info.value)
 
     assert refusal(cls) == refusal(ALL[0])
+
+
+@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="SGD's keys are not in our groups")
+def test_other_parameters_and_state_can_be_swapped_in_for_a_step():
+    params, others = parameters(), parameters()
+    optimizer = lpsgd.LPSGDM(params)
+    steps(optimizer, params, range(2))
+    before, state_dict = copies(params), copy.deepcopy(optimizer.state_dict())
+    given = {"first": others[0], "second": others[1]}
+    with swap_in_optimizer_params_and_state(optimizer, given, state_dict):
+        steps(optimizer, others, [3])
+    assert same_bits(params, before)
+    expected = parameters()
+    alone = lpsgd.LPSGDM(expected)
+    alone.load_state_dict(optimizer.state_dict())
+    steps(alone, expected, [3])
+    assert same_bits(others, expected)
 
 
 # Copies

@@ -25,6 +25,7 @@ _Lists = list[list[Tensor]]
 _Gathered = tuple[int, _Lists, list[int]]  # a group's index, its lists, numbers of its parameters
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -53,7 +54,7 @@ def _check_values(values: dict[str, Any]) -> None:
             raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
         if not valid:
             raise ValueError(f"Invalid {text}: {value}")
-    if values.get("momentum_dtype") not in (None, torch.float32):
+    if values.get("momentum_dtype") not in (None, torch.float32, "float32"):
         raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
     if not isinstance(values["seed"], int):
         raise TypeError(f"seed must be an int, not {type(values['seed']).__name__}")
@@ -62,6 +63,17 @@ def _check_values(values: dict[str, Any]) -> None:
     for name in ("fused", "foreach", "stochastic_rounding"):
         if values["differentiable"] and values[name]:
             raise RuntimeError(f"`{name}` does not support `differentiable`")
+
+
+def changes_nothing(optimizer: Optimizer) -> bool:
+    """Whether lr and the gradients are all 0: torch.distributed.checkpoint takes such a step where
+    it finds an optimizer without state. It is none of the steps that are counted."""
+    groups = optimizer.param_groups
+    if any(_is_on_cuda(group["lr"]) or group["lr"] != 0.0 for group in groups):
+        return False
+    grads = [param.grad for group in groups for param in group["params"]]
+    local = [_shards.local(grad) if _shards.is_dtensor(grad) else grad for grad in grads]
+    return not any(grad is not None and bool(grad.any()) for grad in local)
 
 
 class _Row(NamedTuple):
@@ -147,7 +159,7 @@ def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
                 f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
             )
     if any(tensor.layout != torch.strided for tensor in tensors):
-        raise RuntimeError("LPSGD and LPSGDM do not support sparse tensors")
+        raise RuntimeError(_NO_SPARSE)
     for tensor in tensors[1:]:
         if tensor.shape != param.shape:
             raise RuntimeError(
@@ -190,7 +202,10 @@ def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
 def _check_fused(rows: Sequence[_Row]) -> None:
     """torch.optim's error for `fused=True` where the kind of parameter has no C kernel."""
     supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
-    for param in (row.tensors[0] for row in rows):
+    for row in rows:
+        if row.tensors[1].layout != torch.strided:
+            raise RuntimeError(_NO_SPARSE)
+        param = row.tensors[0]
         if param.device.type not in supported or param.dtype not in _NATIVE_DTYPES:
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of "
@@ -328,6 +343,12 @@ def _(*args: Any) -> None:
     return None
 
 
+def _store_dtype_by_name(group: dict[str, Any]) -> None:
+    # torch.distributed.checkpoint refuses a torch.dtype in a group.
+    if group.get("momentum_dtype") is torch.float32:
+        group["momentum_dtype"] = "float32"
+
+
 def _signature_defaults(cls: type) -> dict[str, Any]:
     parameters = inspect.signature(cls).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not one.empty}
@@ -341,6 +362,7 @@ class _LPOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         _check_values(defaults)
+        _store_dtype_by_name(defaults)
         super().__init__(params, defaults)
         self._register()
         if defaults["fused"]:
@@ -353,6 +375,7 @@ class _LPOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
             _check_values({**self.defaults, **param_group})
+            _store_dtype_by_name(param_group)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -429,6 +452,9 @@ class _LPOptimizer(Optimizer):
         first = 0
         for group in groups:
             params = [param for param in group["params"] if param.grad is not None]
+            if any(type(param) not in _PLAIN_TYPES for param in params):  # DTensors have no rule
+                torch.compiler.disable(self._eager_step)()  # type: ignore[no-untyped-call]
+                return
             lists.append((params, [param.grad for param in params]))
             numbered = enumerate(group["params"], first)
             streams.append([i for i, param in numbered if param.grad is not None])
@@ -482,7 +508,7 @@ class _LPOptimizer(Optimizer):
         for call in calls:
             call()
         for i, *_ in gathered:
-            if self.param_groups[i]["stochastic_rounding"]:
+            if self.param_groups[i]["stochastic_rounding"] and not changes_nothing(self):
                 self.param_groups[i]["rounding_step"] += 1
 
     def _calls(
@@ -531,14 +557,19 @@ class _LPOptimizer(Optimizer):
         others = [row for row in rows if not (in_c and _is_native(row.tensors))]
         if fused and others:
             _check_fused(others)
-            raise refusal or RuntimeError("`fused=True` needs tensors that the C kernels can step")
+            try:
+                raise refusal or RuntimeError("`fused=True` needs tensors that C can step")
+            finally:
+                del refusal  # its traceback holds this frame
         calls: list[Callable[[], None]] = []
         for device, same in _by_device(native_rows):
             numbers = {**_for_device(values, device), **rounding, **_numbers_of(same)}
             native = partial(self._native_step, _columns(same), **numbers)
             native(dry_run=True)
             calls.append(native)
-        use_foreach = bool(foreach) or (foreach is None and fused is None and not differentiable)
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        by_default = foreach is None and fused is None and not differentiable and not transformed
+        use_foreach = bool(foreach) or by_default
         if others and not (_is_on_cuda(found_inf) and found_inf != 0):
             values.pop("found_inf", None)
             calls += _eager_calls(others, use_foreach, _for_eager(group, values), rounding)

@@ -17,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 import lpsgd_ext
 
+from ._optimizer import changes_nothing
+
 # Every optimizer's one hook, that of the schedule made last.
 _hooks: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
@@ -87,11 +89,18 @@ class _PScheduler(LRScheduler):
             driver = object.__new__(type(self))
             driver.__dict__ = self.__dict__
             hook = driver._drive
+        if not hasattr(self.optimizer, "_optimizer_step_post_hooks"):
+            # An Optimizer whose constructor was never called, such as torchao's for offloading.
+            if self.every_step:
+                raise TypeError(f"{type(self.optimizer).__name__} has no hooks for every_step=True")
+            self._calls["optimizer.step"] = True
+            return
         _hooks[self.optimizer] = self.optimizer.register_step_post_hook(hook)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _drive(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
         # A fused optimizer is told by GradScaler that it has to skip the step.
-        if not getattr(optimizer, "found_inf", False):
+        if not getattr(optimizer, "found_inf", False) and not changes_nothing(optimizer):
             self._advance(optimizer)
 
     # torch.compile would compile anew for every value of the clock.

@@ -15,9 +15,10 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _local(tensor: Any) -> Tensor:
-    local: Any = tensor._local_tensor
-    result: Tensor = local.wait() if hasattr(local, "wait") else local
+def local(tensor: Any) -> Tensor:
+    """This rank's shard of a DTensor."""
+    shard: Any = tensor._local_tensor
+    result: Tensor = shard.wait() if hasattr(shard, "wait") else shard
     return result
 
 
@@ -43,13 +44,13 @@ def local_tensors(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
                 f"momentum_buffer must have the parameter's placements, {param.placements}, "
                 f"but has {buffer.placements}"
             )
-    local = _local(param)
+    local_param = local(param)
     if grad.device_mesh != param.device_mesh or grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
-    local_grad = _local(grad)
-    if local_grad.stride() != local.stride() and local_grad.shape == local.shape:
-        local_grad = torch.empty_like(local, dtype=local_grad.dtype).copy_(local_grad)
-    return local, local_grad, *(_local(buffer) for buffer in buffers)
+    local_grad = local(grad)
+    if local_grad.stride() != local_param.stride() and local_grad.shape == local_param.shape:
+        local_grad = torch.empty_like(local_param, dtype=local_grad.dtype).copy_(local_grad)
+    return local_param, local_grad, *(local(buffer) for buffer in buffers)
 
 
 def runs(param: Any) -> tuple[int, list[int]]:
@@ -58,18 +59,18 @@ def runs(param: Any) -> tuple[int, list[int]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes = param.shape
-    local, offset = compute_local_shape_and_global_offset(
+    shape, offset = compute_local_shape_and_global_offset(
         sizes, param.device_mesh, param.placements
     )
-    if 0 in local:
+    if 0 in shape:
         return 1, []
     strides = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
     # A run: the inner dimensions that the rank has whole, and its stretch of the next one.
     run_dim = len(sizes)
-    while run_dim and (run_dim == len(sizes) or local[run_dim] == sizes[run_dim]):
+    while run_dim and (run_dim == len(sizes) or shape[run_dim] == sizes[run_dim]):
         run_dim -= 1
-    length = math.prod(local[run_dim:])
+    length = math.prod(shape[run_dim:])
     starts = torch.tensor(sum(o * stride for o, stride in zip(offset, strides, strict=True)))
     for d in range(run_dim):
-        starts = starts[..., None] + torch.arange(local[d]) * strides[d]
+        starts = starts[..., None] + torch.arange(shape[d]) * strides[d]
     return length, starts.flatten().tolist()

@@ -266,10 +266,8 @@ static void test_lr_0_changes_no_bit_of_a_parameter(void **state)
         hyper.stochastic_rounding = i % 3 == 0;
         hyper.p = norms[i / 4 / kind_count];
         test_list list = make_list(kinds[i / 4 % kind_count], some_sizes, 3, many_awkward, 10);
-        canonicalize_nan(&list);
         test_list before = copy_list(&list);
         assert_int_equal(step_list(&list, &hyper, i % 2, 1), LPSGD_OK);
-        canonicalize_nan(&list);
         assert_int_equal(same_list(&list, &before), i % 2 == 0); /* momentum moves */
         for (int b = 0; b < 3; b++)
             assert_memory_equal(list.buffers[b].param, before.buffers[b].param,

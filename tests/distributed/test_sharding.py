@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from helpers import CLASSES, DTYPES, bits
+from lpsgd import LPSGDM
 from ranks import on_ranks
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
@@ -41,7 +42,7 @@ def assert_same_step(optimizer, twin_optimizer, where):
             assert (value.device_mesh, value.placements) == (param.device_mesh, param.placements)
 
 
-def meshes_and_placements():
+def shardings():
     """All shardings on 4 ranks in a line and in a square."""
     kinds = (Shard(0), Shard(1), Replicate())
     for shape in ((4,), (2, 2)):
@@ -55,27 +56,30 @@ def randn(shape, dtype, seed, scale=1.0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def step_every_sharding():
-    for mesh, placements in meshes_and_placements():
-        for cls, dtype in [(cls, dtype) for cls in CLASSES for dtype in DTYPES]:
-            shapes = [s for s in SHAPES if len(s) > 1 or Shard(1) not in placements]
-            twins = [torch.nn.Parameter(randn(shape, dtype, 0)) for shape in shapes]
-            params = [
-                torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, placements))
-                for twin in twins
-            ]
-            optimizer, twin_optimizer = (cls(x, p=4.0, **VALUES) for x in (params, twins))
-            for step in range(2):
-                for param, twin in zip(params, twins, strict=True):
-                    twin.grad = randn(twin.shape, dtype, 1 + step, 0.01)
-                    param.grad = distribute_tensor(twin.grad, mesh, placements)
-                optimizer.step()
-                twin_optimizer.step()
-            assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__, dtype))
+def step_every_sharding(rounding):
+    stochastic = rounding == "stochastic"
+    dtypes = [torch.bfloat16] if stochastic else DTYPES
+    for (mesh, placements), cls, dtype in itertools.product(shardings(), CLASSES, dtypes):
+        shapes = [shape for shape in SHAPES if len(shape) > 1 or Shard(1) not in placements]
+        twins = [torch.nn.Parameter(randn(shape, dtype, 0)) for shape in shapes]
+        params = [
+            torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, placements)) for twin in twins
+        ]
+        optimizer, twin_optimizer = (
+            cls(x, p=4.0, stochastic_rounding=stochastic, **VALUES) for x in (params, twins)
+        )
+        for step in range(2):
+            for param, twin in zip(params, twins, strict=True):
+                twin.grad = randn(twin.shape, dtype, 1 + step, 0.01)
+                param.grad = distribute_tensor(twin.grad, mesh, placements)
+            optimizer.step()
+            twin_optimizer.step()
+        assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__, dtype))
 
 
-def test_every_sharding_gives_the_bits_of_one_process():
-    on_ranks(4, step_every_sharding)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_every_sharding_gives_the_bits_of_one_process(rounding):
+    on_ranks(4, step_every_sharding, rounding)
 
 
 def step_gradients_of_other_placements():
@@ -204,7 +208,6 @@ def compile_with_fsdp2():
             assert_same_step(optimizer, twin_optimizer, (cls.__name__, seed))
 
 
-@pytest.mark.xfail(strict=True, reason="lpsgd::step_ takes no DTensors yet")
 def test_compiled_step_gives_the_bits_of_one_process():
     on_ranks(2, compile_with_fsdp2)
 
@@ -251,25 +254,31 @@ def test_stale_backward_raises():
     on_ranks(2, backward_through_a_stepped_parameter)
 
 
-def step_with_stochastic_rounding():
-    for mesh, placements in meshes_and_placements():
-        for cls in CLASSES:
-            twins = [torch.nn.Parameter(randn((40, 70), torch.bfloat16, seed)) for seed in (0, 1)]
-            params = [
-                torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, placements))
-                for twin in twins
-            ]
-            optimizer, twin_optimizer = (
-                cls(x, p=4.0, stochastic_rounding=True, **VALUES) for x in (params, twins)
-            )
-            for step in range(2):
-                for param, twin in zip(params, twins, strict=True):
-                    twin.grad = randn(twin.shape, torch.bfloat16, 2 + step, 0.01)
-                    param.grad = distribute_tensor(twin.grad, mesh, placements)
-                optimizer.step()
-                twin_optimizer.step()
-            assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__))
+def step_what_is_refused():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def ones(placement):
+        return DTensor.from_local(torch.ones(4), mesh, [placement])
+
+    whole = torch.ones(ones(Shard(0)).shape)
+    for placement, buffer, match in (
+        (Partial(), None, "cannot be stepped"),
+        (Shard(0), whole, "mixed torch.Tensor and DTensor"),
+        (Shard(0), distribute_tensor(whole, mesh, [Replicate()]), "placements"),
+        (Shard(0), ones(Replicate()), "shape"),
+    ):
+        params = [torch.nn.Parameter(ones(each)) for each in (Shard(0), placement)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer = LPSGDM(params, **VALUES)
+        if buffer is not None:
+            optimizer.state[params[1]]["momentum_buffer"] = buffer
+        with pytest.raises(RuntimeError, match=match):
+            optimizer.step()
+        for param in params:
+            assert torch.equal(param.to_local(), torch.ones(4))
+        assert params[0] not in optimizer.state
 
 
-def test_stochastic_rounding_gives_the_bits_of_one_process():
-    on_ranks(4, step_with_stochastic_rounding)
+def test_what_cannot_be_stepped_shard_by_shard_is_refused():
+    on_ranks(2, step_what_is_refused)

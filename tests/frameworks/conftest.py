@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Warnings are errors here too. These are the frameworks' own, about themselves or the machine."""
 
+import torch
+
 IGNORED = [
     # PyTorch 2.13, on import of torch.distributed.optim
     r"ignore:`torch\.jit\.\w+` is deprecated:DeprecationWarning",
@@ -15,5 +17,6 @@ IGNORED = [
 
 
 def pytest_configure(config):
+    torch.set_num_threads(1)  # The models are tiny; on a busy machine threads wait for each other.
     for line in IGNORED:
         config.addinivalue_line("filterwarnings", line)
