@@ -7,9 +7,6 @@
  * LPSGD_CUDA_IMAGE is the path of the fat binary made of lpsgd_cuda.cu; without it the functions
  * answer that there are no kernels.
  */
-#define LPSGD_ALIGN(n) __attribute__((aligned(n)))
-#define LPSGD_UNROLL
-
 #include "lpsgd_cuda_kernel.h"
 #include "lpsgd_internal.h"
 
@@ -278,25 +275,7 @@ static lpsgd_status launch_some(lpsgd_cuda_step_arguments *a, const lpsgd_buffer
                                 int64_t count, lpsgd_dtype dtype, int kernel, int has_momentum,
                                 const lpsgd_cuda_target *target, int64_t *done)
 {
-    const int64_t tile = LPSGD_CUDA_TILE_BYTES / lpsgd_itemsize(dtype);
-    a->count = a->tiles = 0;
-    for (; *done < count && a->count < LPSGD_CUDA_TENSORS; (*done)++) {
-        const lpsgd_buffer *b = &list[*done];
-        if (!b->numel)
-            continue;
-        const uintptr_t momentum = has_momentum ? (uintptr_t)b->momentum_buffer : 0;
-        a->tensor[a->count++] = (lpsgd_cuda_tensor){
-            .param = b->param,
-            .grad = b->grad,
-            .momentum_buffer = has_momentum ? b->momentum_buffer : NULL,
-            .numel = b->numel,
-            .key = lpsgd_key(a->scalars.k.rounding_key, b->stream),
-            .index = b->index,
-            .first_tile = a->tiles,
-            .aligned = ((uintptr_t)b->param | (uintptr_t)b->grad | momentum) % 16 == 0,
-        };
-        a->tiles += b->numel / tile + (b->numel % tile != 0);
-    }
+    lpsgd_cuda_fill(a, list, count, lpsgd_itemsize(dtype), has_momentum, done);
     if (!a->tiles)
         return LPSGD_OK;
     const unsigned blocks = a->tiles < INT32_MAX ? (unsigned)a->tiles : INT32_MAX;

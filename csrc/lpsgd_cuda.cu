@@ -3,9 +3,6 @@
  * lpsgd_cuda.cu: the CUDA kernels. Compiled to a fat binary by nvcc -fmad=false and embedded by
  * lpsgd_cuda.c; all of their work is lpsgd_cuda_kernel.h's.
  */
-#define LPSGD_ALIGN(n) __align__(n)
-#define LPSGD_UNROLL _Pragma("unroll")
-
 #include "lpsgd_cuda_kernel.h"
 
 static __device__ lpsgd_cuda_place this_thread(void)

@@ -3,7 +3,7 @@
  * lpsgd_cuda_kernel.h: what the CUDA kernels and their host side share, and one thread's work.
  *
  * The same source is compiled by nvcc for the GPU and, in tests, as C for an emulated grid: threads
- * share nothing, so that a grid is a loop. LPSGD_THREAD says which thread this is.
+ * share nothing, so that a grid is a loop.
  *
  * A launch steps up to LPSGD_CUDA_TENSORS tensors. Each is cut into tiles of equal size, a block
  * takes one tile after the other, and a thread 16 bytes of param at a time (a vector), wherever
@@ -14,6 +14,14 @@
 #define LPSGD_CUDA_KERNEL_H
 
 #include "lpsgd_element.h"
+
+#ifdef __CUDACC__
+#define LPSGD_ALIGN(n) __align__(n)
+#define LPSGD_UNROLL _Pragma("unroll")
+#else
+#define LPSGD_ALIGN(n) __attribute__((aligned(n)))
+#define LPSGD_UNROLL
+#endif
 
 enum {
     LPSGD_CUDA_THREADS = 256,
@@ -63,6 +71,31 @@ typedef struct lpsgd_cuda_fold_arguments {
     lpsgd_device_number lr, p, weight_decay, grad_scale, found_inf;
     lpsgd_cuda_scalars *result;
 } lpsgd_cuda_fold_arguments;
+
+/* The host's half of a launch: takes as many buffers of the list as fit, from *done on, and moves
+ * *done past them. */
+LPSGD_INLINE void lpsgd_cuda_fill(lpsgd_cuda_step_arguments *a, const lpsgd_buffer *list,
+                                  int64_t count, int64_t itemsize, int has_momentum, int64_t *done)
+{
+    const int64_t tile = LPSGD_CUDA_TILE_BYTES / itemsize;
+    a->count = a->tiles = 0;
+    for (; *done < count && a->count < LPSGD_CUDA_TENSORS; (*done)++) {
+        const lpsgd_buffer *b = &list[*done];
+        if (!b->numel)
+            continue;
+        lpsgd_cuda_tensor *t = &a->tensor[a->count++];
+        t->param = b->param;
+        t->grad = b->grad;
+        t->momentum_buffer = has_momentum ? b->momentum_buffer : NULL;
+        t->numel = b->numel;
+        t->key = lpsgd_key(a->scalars.k.rounding_key, b->stream);
+        t->index = b->index;
+        t->first_tile = a->tiles;
+        t->aligned =
+            ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
+        a->tiles += b->numel / tile + (b->numel % tile != 0);
+    }
+}
 
 LPSGD_INLINE double lpsgd_cuda_number(lpsgd_device_number number, double value)
 {
@@ -126,7 +159,12 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
 }
 
 /* LPSGD_CUDA_WORK(name, T, M, step) defines one thread's work for parameters of type T and momentum
- * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element. */
+ * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element.
+ *
+ * Two things are so for the sake of the machine code (tests/test_cuda_code.py): the addresses of a
+ * vector have names, as nvcc stores one in pieces where it computes the address anew, and the
+ * scalars are copied, as it would read them again for every element, in fear of what the stores
+ * change. */
 #define LPSGD_CUDA_WORK(name, T, M, step)                                                          \
     enum { name##_width = 16 / (int)sizeof(T) };                                                   \
     typedef struct LPSGD_ALIGN(16) name##_params {                                                 \
@@ -136,20 +174,24 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         M x[name##_width];                                                                         \
     } name##_momentums;                                                                            \
                                                                                                    \
-    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k) \
+    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t v, const lpsgd_scalars *k) \
     {                                                                                              \
         const int has_momentum = t->momentum_buffer != NULL;                                       \
-        name##_params param = *(const name##_params *)((T *)t->param + i);                         \
-        const name##_params grad = *(const name##_params *)((const T *)t->grad + i);               \
+        name##_params *const param_at = (name##_params *)t->param + v;                             \
+        name##_momentums *const m_at =                                                             \
+            has_momentum ? (name##_momentums *)t->momentum_buffer + v : NULL;                      \
+        const name##_params grad = ((const name##_params *)t->grad)[v];                            \
+        name##_params param = *param_at;                                                           \
         name##_momentums m = {{0}};                                                                \
         if (has_momentum)                                                                          \
-            m = *(const name##_momentums *)((M *)t->momentum_buffer + i);                          \
+            m = *m_at;                                                                             \
         LPSGD_UNROLL                                                                               \
         for (int j = 0; j < name##_width; j++)                                                     \
-            step(&param.x[j], grad.x[j], &m.x[j], has_momentum, lpsgd_cuda_random(t, i + j, k), k); \
-        *(name##_params *)((T *)t->param + i) = param;                                             \
+            step(&param.x[j], grad.x[j], &m.x[j], has_momentum,                                    \
+                 lpsgd_cuda_random(t, v * name##_width + j, k), k);                                \
+        *param_at = param;                                                                         \
         if (has_momentum)                                                                          \
-            *(name##_momentums *)((M *)t->momentum_buffer + i) = m;                                \
+            *m_at = m;                                                                             \
     }                                                                                              \
                                                                                                    \
     LPSGD_INLINE void name##_element(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k)\
@@ -166,7 +208,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
     LPSGD_INLINE void name##_work(const lpsgd_cuda_step_arguments *a, lpsgd_cuda_place place)      \
     {                                                                                              \
         const lpsgd_cuda_scalars *s = a->device_scalars ? a->device_scalars : &a->scalars;         \
-        const lpsgd_scalars *k = &s->k;                                                            \
+        const lpsgd_scalars copy = s->k, *k = &copy;                                               \
         if (s->skip)                                                                               \
             return;                                                                                \
         for (int64_t tile = place.block; tile < a->tiles; tile += place.blocks) {                  \
@@ -174,14 +216,12 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             const int64_t size = (int64_t)LPSGD_CUDA_TILE_BYTES / (int64_t)sizeof(T);              \
             const int64_t start = (tile - t->first_tile) * size;                                   \
             const int64_t end = t->numel - start < size ? t->numel : start + size;                 \
-            int64_t vectors_end = start;                                                           \
-            if (t->aligned) {                                                                      \
-                vectors_end = end - (end - start) % name##_width;                                  \
-                for (int64_t i = start + (int64_t)place.thread * name##_width; i < vectors_end;    \
-                     i += LPSGD_CUDA_THREADS * name##_width)                                       \
-                    name##_vector(t, i, k);                                                        \
-            }                                                                                      \
-            for (int64_t i = vectors_end + place.thread; i < end; i += LPSGD_CUDA_THREADS)         \
+            const int64_t vectors_end = (t->aligned ? end : start) / name##_width;                 \
+            for (int64_t v = start / name##_width + place.thread; v < vectors_end;                 \
+                 v += LPSGD_CUDA_THREADS)                                                          \
+                name##_vector(t, v, k);                                                            \
+            for (int64_t i = vectors_end * name##_width + place.thread; i < end;                   \
+                 i += LPSGD_CUDA_THREADS)                                                          \
                 name##_element(t, i, k);                                                           \
         }                                                                                          \
     }

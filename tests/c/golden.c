@@ -4,8 +4,19 @@
  * bits are promised, for every cutting of the data and number of threads alike, and compares one
  * checksum of all results with the one below. Needs no test library, so that it can be compiled for
  * any processor. golden [CAPABILITY] also fails unless the steps run on that instruction set.
+ *
+ * CUDA_GRID: the steps are those of the CUDA kernels' source, on an emulated grid of as many blocks
+ * as there would be threads.
  */
+#ifdef CUDA_GRID
+#include "cuda_grid.h"
+#define STEP_LIST grid_step_list
+#define CAPABILITY "emulated CUDA grid"
+#else
 #include "helpers.h"
+#define STEP_LIST step_list
+#define CAPABILITY lpsgd_cpu_capability()
+#endif
 
 static const uint64_t golden = UINT64_C(0xa96e12185e4c50e5);
 
@@ -44,7 +55,7 @@ static uint64_t run(test_kind kind, const lpsgd_hyper *hyper, int has_momentum, 
         numel[count++] = left < piece ? left : piece;
     test_list list = make_list(kind, numel, count, data.awkward, (uint64_t)data.total);
     for (int i = 0; i < 2; i++)
-        if (step_list(&list, hyper, has_momentum, num_threads) != LPSGD_OK)
+        if (STEP_LIST(&list, hyper, has_momentum, num_threads) != LPSGD_OK)
             abort();
     const uint64_t checksum = checksum_of(&list);
     free_list(&list);
@@ -68,7 +79,6 @@ static uint64_t run_all_ways(test_kind kind, const lpsgd_hyper *hyper, int has_m
 int main(int argc, char **argv)
 {
     static const int promised[] = {0, 2, 3, 4, 5}; /* kinds without float64 */
-    static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
     static const double eps[] = {1e-8, 0.0, 0.5};
     /* The last is for the parallel steps: a share per thread with 3 threads, and one element more. */
     const data_set few = {1100, 4}, many = {500, 1024}, large = {3 * 16384 + 1, 1};
@@ -95,8 +105,8 @@ int main(int argc, char **argv)
     }
 
     const int right = checksum == golden;
-    const int asked = argc < 2 || strcmp(lpsgd_cpu_capability(), argv[1]) == 0;
-    printf("golden: capability %s, OpenMP %d, checksum 0x%016llx\n", lpsgd_cpu_capability(),
+    const int asked = argc < 2 || strcmp(CAPABILITY, argv[1]) == 0;
+    printf("golden: capability %s, OpenMP %d, checksum 0x%016llx\n", CAPABILITY,
            lpsgd_has_openmp(), (unsigned long long)checksum);
     if (!same)
         printf("golden: the bits depend on the cutting or on the number of threads\n");

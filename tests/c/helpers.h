@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * helpers.h: what the tests share: random elements, lists of buffers in one guarded piece of memory,
- * and the reference step. Elements are made from integers alone, so they are the same everywhere.
+ * helpers.h: what the tests share: random elements, hyper-parameters, and lists of buffers in one
+ * guarded piece of memory. Elements are made from integers alone, so they are the same everywhere.
  */
 #ifndef HELPERS_H
 #define HELPERS_H
@@ -87,6 +87,42 @@ static inline void store_bits(void *buffer, float_format f, int64_t i, uint64_t 
         ((uint64_t *)buffer)[i] = bits;
 }
 
+enum { few_awkward = 4, many_awkward = 512 }; /* of 4096 elements */
+
+static const lpsgd_hyper usual = {
+    .lr = 0.01,
+    .p = 6.0,
+    .momentum = 0.9,
+    .weight_decay = 0.1,
+    .eps = 1e-8,
+    .pivot = 1.0,
+    .grad_scale = 1.0,
+};
+
+static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
+enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 + 4 };
+
+/* All combinations that a step distinguishes: i < hyper_count. */
+static inline lpsgd_hyper hyper_number(int i)
+{
+    static const double eps[] = {1e-8, 0.0, 1e30};
+    lpsgd_hyper hyper = usual;
+    if (i >= hyper_count - 4) {
+        hyper.lr = i % 2 ? 0.0 : 0.01;
+        hyper.grad_scale = i / 2 % 2 ? 3.0 : 65536.0;
+        return hyper;
+    }
+    hyper.stochastic_rounding = i % 5 > 1;
+    hyper.seed = (uint64_t)i;
+    hyper.step = (uint64_t)i << 40;
+    hyper.p = norms[i % norm_count];
+    hyper.eps = eps[i / norm_count % 3];
+    hyper.pivot = i / norm_count / 3 % 2 ? 1e-3 : 1.0;
+    hyper.weight_decay = i / norm_count / 6 % 2 ? 0.1 : 0.0;
+    hyper.maximize = i / norm_count / 12 % 2;
+    return hyper;
+}
+
 /* The element types of a list. */
 typedef struct test_kind {
     lpsgd_dtype dtype, momentum_dtype;
@@ -137,7 +173,7 @@ static inline test_list make_list(test_kind kind, const int64_t *numel, int64_t 
     int64_t first = 0;
     for (int64_t i = 0; i < count; i++)
         most += 3 * (2 * guard_size + 128 + 64 + 8 * (size_t)numel[i]);
-    list.buffers = malloc((size_t)(count + 1) * sizeof *list.buffers);
+    list.buffers = calloc((size_t)(count + 1), sizeof *list.buffers);
     list.memory = malloc(most + 1);
     if (!list.buffers || !list.memory)
         abort();
@@ -170,7 +206,7 @@ static inline void *same_place(const test_list *list, const test_list *other, co
 static inline test_list copy_list(const test_list *from)
 {
     test_list list = *from;
-    list.buffers = malloc((size_t)(from->count + 1) * sizeof *list.buffers);
+    list.buffers = calloc((size_t)(from->count + 1), sizeof *list.buffers);
     list.memory = malloc(from->size + 1);
     if (!list.buffers || !list.memory)
         abort();

@@ -13,18 +13,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { few_awkward = 4, many_awkward = 512 }; /* of 4096 elements */
-
-static const lpsgd_hyper usual = {
-    .lr = 0.01,
-    .p = 6.0,
-    .momentum = 0.9,
-    .weight_decay = 0.1,
-    .eps = 1e-8,
-    .pivot = 1.0,
-    .grad_scale = 1.0,
-};
-
 /* The slow driver that judges the fast ones. */
 
 static float load_float(const void *buffer, lpsgd_dtype dtype, int64_t i)
@@ -96,29 +84,6 @@ static void assert_step_is_the_plain_loop(const test_list *start, const lpsgd_hy
         free_list(&actual);
     }
     free_list(&expected);
-}
-
-static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
-enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 + 4 };
-
-static lpsgd_hyper hyper_number(int i)
-{
-    static const double eps[] = {1e-8, 0.0, 1e30};
-    lpsgd_hyper hyper = usual;
-    if (i >= hyper_count - 4) {
-        hyper.lr = i % 2 ? 0.0 : 0.01;
-        hyper.grad_scale = i / 2 % 2 ? 3.0 : 65536.0;
-        return hyper;
-    }
-    hyper.stochastic_rounding = i % 5 > 1;
-    hyper.seed = (uint64_t)i;
-    hyper.step = (uint64_t)i << 40;
-    hyper.p = norms[i % norm_count];
-    hyper.eps = eps[i / norm_count % 3];
-    hyper.pivot = i / norm_count / 3 % 2 ? 1e-3 : 1.0;
-    hyper.weight_decay = i / norm_count / 6 % 2 ? 0.1 : 0.0;
-    hyper.maximize = i / norm_count / 12 % 2;
-    return hyper;
 }
 
 static void test_step_is_the_plain_loop_for_all_hyper_parameters_and_sizes(void **state)
