@@ -64,6 +64,8 @@ def _check_values(values: dict[str, Any]) -> None:
     for name in ("fused", "foreach", "stochastic_rounding"):
         if values["differentiable"] and values[name]:
             raise RuntimeError(f"`{name}` does not support `differentiable`")
+    if values["stochastic_rounding"] and values["capturable"]:  # replays would repeat the bits
+        raise RuntimeError("`stochastic_rounding` does not support `capturable`")
 
 
 def changes_nothing(optimizer: Optimizer) -> bool:
