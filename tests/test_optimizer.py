@@ -369,3 +369,16 @@ def test_c_path_is_the_default(cls, monkeypatch):
     set_grads(params)
     cls(params).step()
     assert calls == [1]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_of_another_dtype_are_converted(cls, dtype):
+    """PyTorch makes such gradients where `grad_dtype` says so."""
+    param, other = Parameter(torch.ones(4, dtype=dtype)), Parameter(torch.ones(4, dtype=dtype))
+    param.grad_dtype = None
+    param.grad = torch.tensor([0.5, -1.0, 0.0, 2.0])
+    other.grad = param.grad.to(dtype)
+    for one in (param, other):
+        cls([one], lr=0.1, p=3.0).step()
+    torch.testing.assert_close(param, other)

@@ -113,11 +113,11 @@ def _cuda_works(device: int) -> bool:
 
 def _is_native(tensors: tuple[Tensor, ...]) -> bool:
     """Whether the C kernels are meant for this parameter and what goes with it."""
-    param = tensors[0]
+    param, grad, *_ = tensors
     device = param.device
     return (
         (device.type == "cpu" or (device.type == "cuda" and _cuda_works(device.index)))
-        and param.dtype in _NATIVE_DTYPES
+        and grad.dtype == param.dtype in _NATIVE_DTYPES
         and all(_has_native_memory(param, tensor) for tensor in tensors)
         and _is_dense(param)
     )
@@ -130,7 +130,6 @@ def _has_native_memory(param: Tensor, other: Tensor) -> bool:
         and other.layout == torch.strided
         and not other.is_neg()
         and other.stride() == param.stride()
-        and other.dtype in (param.dtype, torch.float32)
     )
 
 
