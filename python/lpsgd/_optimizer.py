@@ -86,8 +86,7 @@ def changes_nothing(optimizer: Optimizer) -> bool:
     if any(is_on_cuda(group["lr"]) or group["lr"] != 0.0 for group in groups):
         return False
     grads = [param.grad for group in groups for param in group["params"]]
-    local = [_shards.local(grad) if _shards.is_dtensor(grad) else grad for grad in grads]
-    return not any(grad is not None and bool(grad.any()) for grad in local)
+    return not any(grad is not None and _shards.has_nonzero(grad) for grad in grads)
 
 
 # Running optimizers by a number that a compiled graph can hold.

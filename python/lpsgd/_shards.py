@@ -22,6 +22,12 @@ def local(tensor: Any) -> Tensor:
     return result
 
 
+def has_nonzero(tensor: Any) -> bool:
+    """Whether an element is not 0; of a DTensor, in any rank's shard: all ranks must ask."""
+    nonzero = tensor.any()
+    return bool(nonzero.full_tensor() if is_dtensor(nonzero) else nonzero)
+
+
 def local_tensors(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """This rank's shards of a DTensor parameter, its gradient and its momentum_buffer.
 
