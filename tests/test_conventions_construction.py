@@ -162,7 +162,7 @@ def test_a_value_is_refused_as_an_argument_and_in_a_group(cls, kwargs, error, te
             construct()
 
 
-# Contradictions among flags are sought when a group is made and not at every step, as in SGD.
+# Flags that contradict each other need be found only when a group is made, as in SGD.
 NUMBERS = [
     error
     for error in ERRORS
