@@ -144,4 +144,5 @@ def test_a_compiled_step_raises_the_eager_error(cls):
     optimizer.param_groups[0]["p"] = 1.0
     with pytest.raises(ValueError, match=r"Invalid p value: 1\.0"):
         step()
+    assert torch.is_grad_enabled()
     assert torch.equal(param, before)

@@ -1,33 +1,44 @@
 # SPDX-License-Identifier: MIT
 """The classes: bookkeeping in torch.optim's style around the steps of lpsgd_ext and _eager."""
 
-import functools
 import inspect
 import itertools
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _get_capturable_supported_devices
+from torch.optim.optimizer import Optimizer, ParamsT
 
 import lpsgd_ext
 
-from . import _eager, _shards
+from . import _shards
+from ._routing import (
+    PLAIN_TYPES,
+    Lists,
+    Row,
+    by_device,
+    check_capturable,
+    check_fused,
+    columns,
+    eager_calls,
+    for_device,
+    for_eager,
+    is_native,
+    is_on_cuda,
+    localize,
+    momentum_dtype_of,
+    numbers_of,
+    observed,
+)
 
 _States = deque[tuple[Tensor, dict[str, Any]]]
-_Lists = list[list[Tensor]]
-_Gathered = tuple[int, _Lists, list[int]]  # a group's index, its lists, numbers of its parameters
+_Gathered = tuple[int, Lists, list[int]]  # a group's index, its lists, its parameters' numbers
 
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _FLOAT32 = (torch.float32, "float32")
-_NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lr": ("learning rate", lambda value: value >= 0.0),
@@ -72,247 +83,11 @@ def changes_nothing(optimizer: Optimizer) -> bool:
     """Whether lr and the gradients are all 0: torch.distributed.checkpoint takes such a step where
     it finds an optimizer without state. It is none of the steps that are counted."""
     groups = optimizer.param_groups
-    if any(_is_on_cuda(group["lr"]) or group["lr"] != 0.0 for group in groups):
+    if any(is_on_cuda(group["lr"]) or group["lr"] != 0.0 for group in groups):
         return False
     grads = [param.grad for group in groups for param in group["params"]]
     local = [_shards.local(grad) if _shards.is_dtensor(grad) else grad for grad in grads]
     return not any(grad is not None and bool(grad.any()) for grad in local)
-
-
-class _Row(NamedTuple):
-    """One parameter, or a piece of it, in a step; `stream` and `offset` as for lpsgd_ext.lpsgd_."""
-
-    tensors: tuple[Tensor, ...]  # the parameter, its gradient and what the state holds
-    stream: int
-    offset: int = 0
-
-
-def _observed() -> bool:
-    """Whether something other than a device context watches PyTorch's operations."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return True
-    return any(
-        not isinstance(torch._C._get_function_stack_at(i), torch.utils._device.DeviceContext)
-        for i in range(torch._C._len_torch_function_stack())
-    )
-
-
-@functools.cache
-def _cuda_works(device: int) -> bool:
-    """Whether the C kernels run on this CUDA device; warns if they don't."""
-    refusal = "this PyTorch is built for ROCm" if torch.version.hip else None
-    refusal = refusal or lpsgd_ext.cuda_refusal(device)
-    if refusal:
-        warnings.warn(f"PyTorch's operations step on cuda:{device}: {refusal}", stacklevel=2)
-    return refusal is None
-
-
-def _is_native(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the C kernels are meant for this parameter and what goes with it."""
-    param, grad, *_ = tensors
-    device = param.device
-    return (
-        (device.type == "cpu" or (device.type == "cuda" and _cuda_works(device.index)))
-        and grad.dtype == param.dtype in _NATIVE_DTYPES
-        and all(_has_native_memory(param, tensor) for tensor in tensors)
-        and _is_dense(param)
-    )
-
-
-def _has_native_memory(param: Tensor, other: Tensor) -> bool:
-    """Whether `other`'s elements lie in memory as `param`'s do, as the C kernels need it."""
-    return (
-        type(other) in _PLAIN_TYPES
-        and other.layout == torch.strided
-        and not other.is_neg()
-        and other.stride() == param.stride()
-    )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory in some order of the dimensions."""
-    extent = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride != extent:
-            return tensor.numel() == 0
-        extent *= size
-    return True
-
-
-def _is_out_of_bounds(tensor: Tensor) -> bool:
-    """Whether the tensor reaches beyond its storage, which PyTorch's operations don't notice."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
-        return False
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-    return bool(end > tensor.untyped_storage().nbytes())
-
-
-def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
-    """What PyTorch's own operations would not refuse, or only after some have been made."""
-    param, grad, *buffers = tensors
-    for buffer in buffers:
-        if type(buffer) not in (*_PLAIN_TYPES, type(param)):
-            raise TypeError(
-                f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
-            )
-    if any(tensor.layout != torch.strided for tensor in tensors):
-        raise RuntimeError(_NO_SPARSE)
-    for tensor in tensors[1:]:
-        if tensor.shape != param.shape:
-            raise RuntimeError(
-                f"gradient and momentum_buffer must have the parameter's shape, "
-                f"{tuple(param.shape)}, but got {tuple(tensor.shape)}"
-            )
-        if tensor.device != param.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, "
-                f"but found at least two devices, {param.device} and {tensor.device}!"
-            )
-    if grad.is_complex() != param.is_complex():
-        raise RuntimeError(f"a gradient of {grad.dtype} does not fit a parameter of {param.dtype}")
-    for buffer in buffers:
-        expected = _momentum_dtype(param, momentum_float32)
-        if buffer.dtype != expected:
-            raise RuntimeError(f"momentum_buffer must be {expected}, but is {buffer.dtype}")
-    for tensor in (param, *buffers):
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "Inplace update to inference tensor outside InferenceMode is not allowed"
-            )
-        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
-            raise RuntimeError(
-                "a leaf Variable that requires grad is being used in an in-place operation."
-            )
-    if torch._C._functorch.peek_interpreter_stack():
-        return  # no memory to look at
-    for tensor in (param, *buffers):
-        if torch._debug_has_internal_overlap(tensor) == 1:
-            raise RuntimeError(
-                "unsupported operation: more than one element of the written-to tensor refers to "
-                "a single memory location. Please clone() the tensor before performing the "
-                "operation."
-            )
-    if any(type(tensor) in _PLAIN_TYPES and _is_out_of_bounds(tensor) for tensor in tensors):
-        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
-
-
-def _check_fused(rows: Sequence[_Row]) -> None:
-    """torch.optim's error for `fused=True` where the kind of parameter has no C kernel."""
-    supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
-    for row in rows:
-        if row.tensors[1].layout != torch.strided:
-            raise RuntimeError(_NO_SPARSE)
-        param = row.tensors[0]
-        if param.device.type not in supported or param.dtype not in _NATIVE_DTYPES:
-            raise RuntimeError(
-                "`fused=True` requires all the params to be floating point Tensors of "
-                f"supported devices: {supported} but {param.dtype} and {param.device.type}"
-            )
-
-
-def _check_capturable(params: Sequence[Tensor]) -> None:
-    devices = _get_capturable_supported_devices(supports_xla=False)
-    if any(param.device.type not in devices for param in params):
-        raise AssertionError(f"If capturable=True, params must be on supported devices: {devices}.")
-
-
-def _is_on_cuda(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_cuda
-
-
-def _for_device(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Values as the C kernels on a device take them. Those that are on a GPU stay on one: nothing
-    waits for it."""
-    on_cuda = [name for name, value in values.items() if _is_on_cuda(value)]
-    moved = {name: values[name].to(device, non_blocking=device.type == "cuda") for name in on_cuda}
-    if on_cuda and device.type == "cuda":
-        size = lpsgd_ext.cuda_scratch_size()
-        moved["scratch"] = torch.empty(size, dtype=torch.uint8, device=device)
-    return {**values, **moved}
-
-
-def _for_eager(group: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a group as _eager takes them: numbers, except where tensors have to stay."""
-    keep = ("lr", "weight_decay") if group["differentiable"] or group["capturable"] else ()
-    return {
-        name: value.item() if isinstance(value, Tensor) and name not in keep else value
-        for name, value in values.items()
-    }
-
-
-def _momentum_dtype(param: Tensor, momentum_float32: bool) -> torch.dtype:
-    """The dtype of the parameter's momentum_buffer."""
-    wide = momentum_float32 and param.dtype in _eager.HALF_DTYPES
-    return torch.float32 if wide else param.dtype
-
-
-def _eager_calls(
-    rows: Iterable[_Row], use_foreach: bool, values: dict[str, Any], rounding: dict[str, int]
-) -> list[Callable[[], None]]:
-    """The step in PyTorch's operations; checks the rows."""
-    values = dict(values)
-    momentum_float32 = values.pop("momentum_float32", False)
-
-    def can_foreach(row: _Row) -> bool:
-        param = row.tensors[0]
-        return (
-            use_foreach
-            and all(type(t) in _PLAIN_TYPES and not t.is_neg() for t in row.tensors)
-            and not param.is_complex()
-            and not (rounding and param.dtype == torch.bfloat16)
-        )
-
-    def key(row: _Row) -> tuple[bool, str, str]:
-        return can_foreach(row), str(row.tensors[0].device), str(row.tensors[0].dtype)
-
-    rows = sorted(rows, key=key)
-    for row in rows:
-        _check_eager(row.tensors, momentum_float32)
-    calls: list[Callable[[], None]] = []
-    for (in_foreach, *_), group in groupby(rows, key=key):
-        same = list(group)
-        params, grads, *buffers = _columns(same)
-        momentum_buffers = buffers[0] if buffers else None
-        if in_foreach:
-            calls.append(partial(_eager.foreach, params, grads, momentum_buffers, **values))
-        else:
-            numbers = {**values, **rounding, **_numbers_of(same)}
-            calls.append(partial(_eager.for_loop, params, grads, momentum_buffers, **numbers))
-    return calls
-
-
-def _by_device(rows: Iterable[_Row]) -> list[tuple[torch.device, list[_Row]]]:
-    on: dict[torch.device, list[_Row]] = {}
-    for row in rows:
-        on.setdefault(row.tensors[0].device, []).append(row)
-    return list(on.items())
-
-
-def _numbers_of(rows: Sequence[_Row]) -> dict[str, Any]:
-    return {"streams": [row.stream for row in rows], "offsets": [row.offset for row in rows]}
-
-
-def _columns(rows: Sequence[_Row]) -> _Lists:
-    return [list(column) for column in zip(*(row.tensors for row in rows), strict=True)]
-
-
-def _localize(row: _Row, in_pieces: bool) -> list[_Row]:
-    """A DTensor's row as one of its local shard, or as one for each run of elements that are
-    neighbours in the whole parameter; any other row as it is."""
-    param = row.tensors[0]
-    if not _shards.is_dtensor(param):
-        return [row]
-    tensors = _shards.local_tensors(row.tensors)
-    if not in_pieces or not all(tensor.numel() and tensor.is_contiguous() for tensor in tensors):
-        return [row._replace(tensors=tensors)]
-    length, starts = _shards.runs(param)
-    pieces = zip(*(torch.split(tensor.view(-1), length) for tensor in tensors), strict=True)
-    return [_Row(piece, row.stream, start) for piece, start in zip(pieces, starts, strict=True)]
 
 
 # Running optimizers by a number that a compiled graph can hold.
@@ -406,7 +181,7 @@ class _LPOptimizer(Optimizer):
     def _prepare_load(self, state_dict: dict[str, Any]) -> None:
         """Looks at a state_dict that is being loaded, after all other hooks."""
 
-    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> Lists:
         """The parameters that have a gradient, their gradients and what the state holds.
 
         `known` has the states that no earlier group of this step took, in their order. `fresh` gets
@@ -418,7 +193,7 @@ class _LPOptimizer(Optimizer):
         """What the state holds, in a way that Dynamo can trace."""
         raise NotImplementedError
 
-    def _native_step(self, lists: _Lists, **values: Any) -> None:
+    def _native_step(self, lists: Lists, **values: Any) -> None:
         raise NotImplementedError
 
     @overload
@@ -437,11 +212,10 @@ class _LPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if torch.compiler.is_compiling():
-                self._traced_step()
-            else:
-                self._eager_step()
+        if torch.compiler.is_compiling():
+            self._traced_step()
+        else:
+            self._eager_step()
         return loss
 
     def _traced_step(self) -> None:
@@ -454,7 +228,7 @@ class _LPOptimizer(Optimizer):
         first = 0
         for group in groups:
             params = [param for param in group["params"] if param.grad is not None]
-            if any(type(param) not in _PLAIN_TYPES for param in params):  # DTensors have no rule
+            if any(type(param) not in PLAIN_TYPES for param in params):  # DTensors have no rule
                 torch.compiler.disable(self._eager_step)()  # type: ignore[no-untyped-call]
                 return
             lists.append((params, [param.grad for param in params]))
@@ -464,11 +238,17 @@ class _LPOptimizer(Optimizer):
         for i, (params, grads) in enumerate(lists):
             if params:
                 buffers = self._traced_buffers(groups[i], params)
-                _compiled_step(params, grads, buffers, streams[i], self._number, i)
+                # Not by no_grad: a compiled graph that raises would leave grad mode off.
+                detached = [param.detach() for param in params]
+                _compiled_step(detached, grads, buffers, streams[i], self._number, i)
 
     def _eager_step(self) -> None:
         if self._found_inf():
             return
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._checked_step()
+
+    def _checked_step(self) -> None:
         known: _States = deque(self.state.items())
         fresh: list[Tensor] = []
         gathered: list[_Gathered] = []
@@ -495,7 +275,7 @@ class _LPOptimizer(Optimizer):
     def _found_inf(self) -> bool:
         """Whether torch.amp.GradScaler found a gradient that is not finite, if the CPU knows."""
         found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and not _is_on_cuda(found_inf) and bool(found_inf != 0)
+        return found_inf is not None and not is_on_cuda(found_inf) and bool(found_inf != 0)
 
     def _prepare(self, gathered: Sequence[_Gathered]) -> list[Callable[[], None]]:
         """Checks everything there is to check; returns the calls that are left to make."""
@@ -514,7 +294,7 @@ class _LPOptimizer(Optimizer):
                 self.param_groups[i]["rounding_step"] += 1
 
     def _calls(
-        self, group: dict[str, Any], lists: _Lists, streams: list[int], alone: bool
+        self, group: dict[str, Any], lists: Lists, streams: list[int], alone: bool
     ) -> list[Callable[[], None]]:
         """The calls that make a group's step, all of whose tensors are checked here. `alone`: there
         is no other group; then the step may have been made already."""
@@ -523,7 +303,7 @@ class _LPOptimizer(Optimizer):
         if grad_scale is not None:
             values["grad_scale"] = grad_scale
         found_inf = getattr(self, "found_inf", None)
-        if _is_on_cuda(found_inf):
+        if is_on_cuda(found_inf):
             values["found_inf"] = found_inf
         if group.get("momentum_dtype") in _FLOAT32:
             values["momentum_float32"] = True
@@ -533,11 +313,11 @@ class _LPOptimizer(Optimizer):
             rounding = {"seed": group["seed"], "step": group.setdefault("rounding_step", 0)}
         fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
         by_default = fused is None and foreach is None
-        in_c = not differentiable and (fused or (by_default and not _observed()))
+        in_c = not differentiable and (fused or (by_default and not observed()))
         refusal = None
         if group["capturable"] and not fused:
-            _check_capturable(lists[0])
-        if in_c and not any(map(_is_on_cuda, values.values())):
+            check_capturable(lists[0])
+        if in_c and not any(map(is_on_cuda, values.values())):
             numbers: dict[str, Any] = {"streams": streams} if stochastic else {}
             native = partial(self._native_step, lists, **values, **rounding, **numbers)
             try:
@@ -552,27 +332,31 @@ class _LPOptimizer(Optimizer):
         rows = [
             piece
             for i, tensors in enumerate(zip(*lists, strict=True))
-            for piece in _localize(_Row(tensors, streams[i] if stochastic else i), stochastic)
+            for piece in localize(Row(tensors, streams[i] if stochastic else i), stochastic)
         ]
-        native_rows = [row for row in rows if in_c and _is_native(row.tensors)]
-        others = [row for row in rows if not (in_c and _is_native(row.tensors))]
+        native_rows = [row for row in rows if in_c and is_native(row.tensors)]
+        others = [row for row in rows if not (in_c and is_native(row.tensors))]
         if fused and others:
-            _check_fused(others)
+            check_fused(others)
             try:
                 raise refusal or RuntimeError("`fused=True` needs tensors that C can step")
             finally:
                 del refusal  # its traceback holds this frame
         calls: list[Callable[[], None]] = []
-        for device, same in _by_device(native_rows):
-            numbers = {**_for_device(values, device), **rounding, **_numbers_of(same)}
-            native = partial(self._native_step, _columns(same), **numbers)
+        for device, same in by_device(native_rows):
+            numbers = {
+                **for_device(values, device),
+                **rounding,
+                **numbers_of(same),
+            }
+            native = partial(self._native_step, columns(same), **numbers)
             native(dry_run=True)
             calls.append(native)
         transformed = torch._C._functorch.peek_interpreter_stack() is not None
         use_foreach = foreach or (by_default and not differentiable and not transformed)
-        if others and not (_is_on_cuda(found_inf) and found_inf != 0):
+        if others and not (is_on_cuda(found_inf) and found_inf != 0):
             values.pop("found_inf", None)
-            calls += _eager_calls(others, use_foreach, _for_eager(group, values), rounding)
+            calls += eager_calls(others, use_foreach, for_eager(group, values), rounding)
         written = [tensor for column in lists[::2] for tensor in column]
         if any(_shards.is_dtensor(tensor) for tensor in written):
             calls.append(partial(torch.autograd.graph.increment_version, written))
@@ -669,14 +453,14 @@ class LPSGD(_LPOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> Lists:
         params = [param for param in group["params"] if param.grad is not None]
         return [params, [param.grad for param in params]]
 
     def _traced_buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         return []
 
-    def _native_step(self, lists: _Lists, **values: Any) -> None:
+    def _native_step(self, lists: Lists, **values: Any) -> None:
         lpsgd_ext.lpsgd_(lists[0], lists[1], **values)
 
 
@@ -778,10 +562,10 @@ class LPSGDM(_LPOptimizer):
         for group in self.param_groups:
             for param in group["params"] if group["momentum_dtype"] is not None else ():
                 if param in loading:
-                    dtype = _momentum_dtype(param, momentum_float32=True)
+                    dtype = momentum_dtype_of(param, momentum_float32=True)
                     self.state[param]["momentum_buffer"] = loading[param].to(param.device, dtype)
 
-    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> _Lists:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> Lists:
         params, grads, momentum_buffers = [], [], []
         for param in group["params"]:
             # A look-up calls Tensor.__hash__, which is slow; most states come in order.
@@ -811,10 +595,10 @@ class LPSGDM(_LPOptimizer):
                 state["momentum_buffer"] = _new_buffer(group, param)
         return [state["momentum_buffer"] for state in states]
 
-    def _native_step(self, lists: _Lists, **values: Any) -> None:
+    def _native_step(self, lists: Lists, **values: Any) -> None:
         lpsgd_ext.lpsgdm_(lists[0], lists[1], lists[2], **values)
 
 
 def _new_buffer(group: dict[str, Any], param: Tensor) -> Tensor:
-    dtype = _momentum_dtype(param, group["momentum_dtype"] is not None)
+    dtype = momentum_dtype_of(param, group["momentum_dtype"] is not None)
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
