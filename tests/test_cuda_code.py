@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: MIT
+"""What nvcc makes of the CUDA kernels, read as PTX and as machine code; no GPU is needed."""
+
+import ast
+import contextlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from helpers import ROOT, tool
+
+# Each kernel with the bytes of an element of param and grad, and of momentum_buffer.
+KERNELS = {
+    "lpsgd_cuda_float32": (4, 4),
+    "lpsgd_cuda_float64": (8, 8),
+    "lpsgd_cuda_bfloat16": (2, 2),
+    "lpsgd_cuda_float16": (2, 2),
+    "lpsgd_cuda_bfloat16_wide": (2, 4),
+    "lpsgd_cuda_float16_wide": (2, 4),
+}
+ALL = {*KERNELS, "lpsgd_cuda_fold_scalars"}
+
+
+def flags_of_the_build():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    tree.body = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("CUDA_")
+    ]
+    constants = {}
+    exec(compile(tree, "setup.py", "exec"), constants)
+    return constants["CUDA_ARCHITECTURES"], constants["CUDA_FLAGS"]
+
+
+ARCHITECTURES, FLAGS = flags_of_the_build()
+PTX_FLAGS = [flag for flag in FLAGS if not flag.startswith("-gencode")] + [
+    f"-gencode=arch=compute_{n},code=compute_{n}" for n in ARCHITECTURES
+]
+
+
+def run(*command, **options):
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def compile_kernels(tmp_path_factory):
+    nvcc = os.environ.get("NVCC") or tool("nvcc")
+
+    def compile_with(flags, root=ROOT, source="csrc/lpsgd_cuda.cu"):
+        path = tmp_path_factory.mktemp("cuda") / "kernels.fatbin"
+        run(nvcc, *flags, source, "-o", path, cwd=root)
+        return path
+
+    return compile_with
+
+
+@pytest.fixture(scope="module")
+def disassemble():
+    """cuobjdump, which looks for nvdisasm in PATH: those of PyPI's packages, or the system's."""
+    path = os.environ["PATH"]
+    for package in ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            for file in importlib.metadata.files(package) or []:
+                if file.match("bin/*"):
+                    path = f"{file.locate().parent}{os.pathsep}{path}"
+    for name in ("cuobjdump", "nvdisasm"):
+        if shutil.which(name, path=path) is None:
+            pytest.skip(f"{name} is not installed")
+    command = shutil.which("cuobjdump", path=path)
+    return lambda image, what: run(command, what, image, env={**os.environ, "PATH": path})
+
+
+@pytest.fixture(scope="module")
+def image(compile_kernels):
+    return compile_kernels(FLAGS)
+
+
+def opcodes_of_machine_code(text):
+    """The opcodes of each kernel in their order, by architecture."""
+    code = {}
+    for part in re.split(r"(?m)^\s+code for sm_", text)[1:]:
+        functions = re.split(r"(?m)^\s+Function : ", part)
+        code[int(functions[0].split()[0])] = {
+            function.split()[0]: re.findall(
+                r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", function
+            )
+            for function in functions[1:]
+        }
+    return code
+
+
+def opcodes_of_ptx(text):
+    """The same of PTX. pow() is a function apart there, and left out."""
+    code = {}
+    for part in re.split(r"(?m)^\.target sm_", text)[1:]:
+        functions = re.split(r"(?m)^(?:\.visible )?(?=\.entry |\.func )", part)
+        code[int(functions[0].split()[0].rstrip(","))] = {
+            re.search(r"lpsgd_\w+(?=\()", function)[0]: re.findall(
+                r"(?m)^\s*(?:@!?%p\d+\s+)?([a-z][a-z0-9_.]*)\s", function
+            )
+            for function in functions
+            if function.startswith(".entry")
+        }
+    return code
+
+
+@pytest.fixture(scope="module")
+def machine_code(image, disassemble):
+    return opcodes_of_machine_code(disassemble(image, "-sass"))
+
+
+@pytest.fixture(scope="module")
+def ptx_text(compile_kernels, disassemble):
+    return disassemble(compile_kernels(PTX_FLAGS), "-ptx")
+
+
+@pytest.fixture(scope="module")
+def ptx(ptx_text):
+    return opcodes_of_ptx(ptx_text)
+
+
+@pytest.fixture(scope="module")
+def marked_ptx(compile_kernels, disassemble, tmp_path_factory):
+    """PTX of a copy of the source whose fused operations round to zero, which tells them from those
+    that nvcc makes of a product and a sum: with -fmad=false, and with -fmad=true."""
+    root = tmp_path_factory.mktemp("marked")
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    header = root / "csrc" / "lpsgd_element.h"
+    text = header.read_text()
+    for fused, marked in (
+        (" fmaf(a, b, c)", " __fmaf_rz(a, b, c)"),
+        (" fma(a, b, c)", " __fma_rz(a, b, c)"),
+    ):
+        assert text.count(fused) == 1
+        text = text.replace(fused, marked)
+    header.write_text(text)
+    contracting = [flag.replace("-fmad=false", "-fmad=true") for flag in PTX_FLAGS]
+    assert contracting != PTX_FLAGS
+    return tuple(
+        opcodes_of_ptx(disassemble(compile_kernels(flags, root), "-ptx"))
+        for flags in (PTX_FLAGS, contracting)
+    )
+
+
+@pytest.fixture(scope="module")
+def resources(image, disassemble):
+    """Each part of the fat binary: kind (ptx or elf), architecture, text."""
+    parts = re.split(r"(?m)^Fatbin (?=ptx|elf)", disassemble(image, "--dump-resource-usage"))[1:]
+    return [(part[:3], int(re.search(r"arch = sm_(\d+)", part)[1]), part) for part in parts]
+
+
+def test_image_holds_every_architecture_and_is_compressed(resources, machine_code, ptx):
+    assert sorted(n for kind, n, _ in resources if kind == "elf") == sorted(ARCHITECTURES)
+    assert [n for kind, n, _ in resources if kind == "ptx"] == [ARCHITECTURES[0]]
+    for _, _, part in resources:
+        assert re.search(r"(?m)^compressed$", part), part[:200]
+    assert list(machine_code) == list(ptx) == ARCHITECTURES
+    for code in (*machine_code.values(), *ptx.values()):
+        assert set(code) == ALL
+
+
+def test_neither_stack_nor_local_memory(resources, machine_code):
+    """No spilled register; and a launch's tensors are found in the kernel's arguments, uncopied."""
+    usage = {
+        (n, *found)
+        for _, n, part in resources
+        for found in re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:0 LOCAL:(\d+)", part)
+    }
+    assert usage == {(n, name, "0", "0") for n in ARCHITECTURES for name in ALL}
+    for code in machine_code.values():
+        assert not [op for name in ALL for op in code[name] if re.match(r"(LDL|STL)\b", op)]
+
+
+def test_registers_leave_room_for_1024_threads(resources):
+    """With 64 registers a multiprocessor holds 1024 threads. More do not fit on sm_75. Elsewhere
+    their vectors are 48 KiB of loads in flight; an H100 needs about 15 KiB for its bandwidth and a
+    B200 about 26 KiB (reads are 60 % of 3.35 and 8 TB/s, at 0.8 us and 132 and 148
+    multiprocessors)."""
+    for kind, n, part in resources:
+        registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", part))
+        print(n, registers)
+        assert kind == "ptx" or set(registers) == ALL
+        assert all(int(count) <= 64 for count in registers.values())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vectors_are_loaded_whole_before_they_are_stored_whole(machine_code, ptx, kernel):
+    param, momentum_buffer = KERNELS[kernel]
+    vectors = momentum_buffer // param
+    for n, code in machine_code.items():
+        stores = [i for i, op in enumerate(code[kernel]) if op.startswith("STG.E.128")]
+        loads = [i for i, op in enumerate(code[kernel]) if op.startswith("LDG.E.128")]
+        assert len(stores) >= 1 + vectors, (n, "stores")
+        assert len([i for i in loads if i < stores[0]]) >= 2 + vectors, (n, "loads")
+    for n, code in ptx.items():
+        whole = [op for op in code[kernel] if re.search(r"global.*\.(v4\..32|v2\..64)$", op)]
+        assert len([op for op in whole if op.startswith("st")]) >= 1 + vectors, (n, "stores")
+        assert len([op for op in whole if op.startswith("ld")]) >= 2 + vectors, (n, "loads")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scalars_are_read_before_the_first_element(machine_code, kernel):
+    """They may lie in device memory or in the arguments, so that their loads are generic ones."""
+    for n, code in machine_code.items():
+        opcodes = [op.split(".")[0] for op in code[kernel]]
+        assert "LD" in opcodes, n
+        assert "LD" not in opcodes[opcodes.index("LDG") :], n
+
+
+def fused_to_nearest(code):
+    return [op for op in code if re.match(r"(fma|mad)\.rn\.", op)]
+
+
+def test_nothing_is_contracted_that_the_source_does_not_fuse(ptx, marked_ptx):
+    marked, contracting = marked_ptx
+    for n in ARCHITECTURES:
+        for kernel in ALL:
+            assert not fused_to_nearest(marked[n][kernel]), (n, kernel)
+            of_the_source = [op for op in marked[n][kernel] if op.startswith("fma.rz.")]
+            assert len(fused_to_nearest(ptx[n][kernel])) == len(of_the_source), (n, kernel)
+        # float64 alone has a product and a sum to contract (x * pow(...) + 0.0).
+        assert fused_to_nearest(contracting[n]["lpsgd_cuda_float64"]), n
+
+
+@pytest.mark.parametrize("n", ARCHITECTURES)
+def test_ptx_rounds_every_operation_to_nearest(ptx, n):
+    """Explicitly, nothing is approximate, and no subnormal is flushed to zero."""
+    for kernel in ALL:
+        for op in ptx[n][kernel]:
+            if re.search(r"\.f(32|64)$", op) and re.match(r"add|sub|mul|mad|fma|div|rcp|sqrt", op):
+                assert re.fullmatch(r"(add|sub|mul|fma|div|rcp)\.rn\.f(32|64)", op), (kernel, op)
+            assert not re.search(r"\.(approx|full|ftz)\b", op), (kernel, op)
+    for kernel, (param, _) in KERNELS.items():
+        assert f"div.rn.f{64 if param == 8 else 32}" in ptx[n][kernel]
+
+
+def test_the_assembler_contracts_nothing(
+    ptx_text, machine_code, compile_kernels, disassemble, tmp_path
+):
+    """Allowed to contract, which is its default, it makes the same code of each PTX: it leaves
+    alone what is rounded explicitly. So does then a driver that compiles the PTX."""
+    for text in re.split(r"(?m)^(?=\.version )", ptx_text)[1:]:
+        source = tmp_path / "kernels.ptx"
+        source.write_text(text.split("\nFatbin")[0])
+        n = re.search(r"(?m)^\.target sm_(\d+)", text)[1]
+        flags = ["-fatbin", f"-gencode=arch=compute_{n},code=sm_{n}"]
+        allowed = disassemble(compile_kernels(flags, source=source), "-sass")
+        assert opcodes_of_machine_code(allowed) == {int(n): machine_code[int(n)]}
