@@ -187,6 +187,5 @@ def warm_up_from_0():
     assert (group["p_last_epoch"], group["rounding_step"]) == (1, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="a rank looks at its own shards of the gradients only")
 def test_ranks_agree_on_what_a_step_with_lr_0_counts():
     on_ranks(2, warm_up_from_0)
