@@ -7,6 +7,7 @@
  * LPSGD_CUDA_IMAGE is the path of the fat binary made of lpsgd_cuda.cu; without it the functions
  * answer that there are no kernels.
  */
+#include "lpsgd_cuda_driver.h"
 #include "lpsgd_cuda_kernel.h"
 #include "lpsgd_internal.h"
 
@@ -76,31 +77,11 @@ __asm__(".section .rodata\n"
         ".previous\n");
 extern const unsigned char lpsgd_cuda_image[];
 
-/* The part of cuda.h that is used, declared here so that the build of this file needs no CUDA. */
-typedef int cu_result; /* 0: success */
-typedef int cu_device;
-typedef struct cu_context *cu_context;
-typedef struct cu_library *cu_library;
-typedef struct cu_kernel *cu_kernel;
-
 static struct {
     pthread_once_t once;
     char refusal[256]; /* why there is no driver, or "" */
-    cu_result (*init)(unsigned flags);
-    cu_result (*get_error_name)(cu_result error, const char **name);
-    cu_result (*get_error_string)(cu_result error, const char **text);
-    cu_result (*driver_get_version)(int *version);
-    cu_result (*device_get)(cu_device *device, int ordinal);
-    cu_result (*primary_ctx_retain)(cu_context *context, cu_device device);
-    cu_result (*ctx_push)(cu_context context);
-    cu_result (*ctx_pop)(cu_context *context);
-    cu_result (*library_load_data)(cu_library *library, const void *image, void *jit_options,
-                                   void **jit_values, unsigned jit_count, void *options,
-                                   void **values, unsigned count);
-    cu_result (*library_get_kernel)(cu_kernel *kernel, cu_library library, const char *name);
-    cu_result (*launch_kernel)(void *function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-                               unsigned block_x, unsigned block_y, unsigned block_z,
-                               unsigned shared_bytes, void *stream, void **arguments, void **extra);
+#define LPSGD_POINTER(name, parameters) CUresult(*name) parameters;
+    LPSGD_CUDA_DRIVER(LPSGD_POINTER)
 } driver = {.once = PTHREAD_ONCE_INIT};
 
 enum { DEVICES = 64, LEAST_DRIVER = 12010 /* kernel arguments of 32764 bytes */ };
@@ -109,9 +90,9 @@ enum { DEVICES = 64, LEAST_DRIVER = 12010 /* kernel arguments of 32764 bytes */ 
 static struct {
     pthread_mutex_t mutex;
     int initialized;
-    cu_library library;
-    cu_kernel kernel[LPSGD_CUDA_KERNELS];
-    cu_context context[DEVICES]; /* primary contexts, retained for the life of the process */
+    CUlibrary library;
+    CUkernel kernel[LPSGD_CUDA_KERNELS];
+    CUcontext context[DEVICES]; /* primary contexts, retained for the life of the process */
 } loaded = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
 static void find_driver(void)
@@ -120,17 +101,8 @@ static void find_driver(void)
         const char *name;
         void *function;
     } wanted[] = {
-        {"cuInit", &driver.init},
-        {"cuGetErrorName", &driver.get_error_name},
-        {"cuGetErrorString", &driver.get_error_string},
-        {"cuDriverGetVersion", &driver.driver_get_version},
-        {"cuDeviceGet", &driver.device_get},
-        {"cuDevicePrimaryCtxRetain", &driver.primary_ctx_retain},
-        {"cuCtxPushCurrent_v2", &driver.ctx_push},
-        {"cuCtxPopCurrent_v2", &driver.ctx_pop},
-        {"cuLaunchKernel", &driver.launch_kernel},
-        {"cuLibraryLoadData", &driver.library_load_data},
-        {"cuLibraryGetKernel", &driver.library_get_kernel},
+#define LPSGD_WANTED(name, parameters) {#name, &driver.name},
+        LPSGD_CUDA_DRIVER(LPSGD_WANTED)
     };
     void *handle = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!handle) {
@@ -150,22 +122,22 @@ static void find_driver(void)
 }
 
 /* LPSGD_OK, or LPSGD_ERROR_CUDA with the driver's name and text for the error. */
-static lpsgd_status check(const char *function, cu_result result)
+static lpsgd_status check(const char *function, CUresult result)
 {
     const char *name = NULL, *text = NULL;
     if (result == 0)
         return LPSGD_OK;
-    if (driver.get_error_name(result, &name) != 0 || !name)
+    if (driver.cuGetErrorName(result, &name) != 0 || !name)
         name = "unknown error";
-    if (driver.get_error_string(result, &text) != 0 || !text)
+    if (driver.cuGetErrorString(result, &text) != 0 || !text)
         text = "the driver has no text for it";
     snprintf(error_text, sizeof error_text, "%s: %s (%d): %s", function, name, result, text);
     return LPSGD_ERROR_CUDA;
 }
 
-#define CHECK(call, ...)                                                                           \
+#define CHECK(function, ...)                                                                       \
     do {                                                                                           \
-        const lpsgd_status answer = check("cu" call, driver.__VA_ARGS__);                          \
+        const lpsgd_status answer = check(#function, driver.function(__VA_ARGS__));                \
         if (answer != LPSGD_OK)                                                                    \
             return answer;                                                                         \
     } while (0)
@@ -173,8 +145,8 @@ static lpsgd_status check(const char *function, cu_result result)
 static lpsgd_status initialize(void)
 {
     int version = 0;
-    CHECK("Init", init(0));
-    CHECK("DriverGetVersion", driver_get_version(&version));
+    CHECK(cuInit, 0);
+    CHECK(cuDriverGetVersion, &version);
     if (version < LEAST_DRIVER) {
         snprintf(error_text, sizeof error_text,
                  "the NVIDIA driver is too old: it is of CUDA %d.%d, and lpsgd needs %d.%d",
@@ -197,18 +169,16 @@ static lpsgd_status load_kernels(void)
         [LPSGD_CUDA_FOLD] = "lpsgd_cuda_fold_scalars",
     };
     if (!loaded.library)
-        CHECK("LibraryLoadData",
-              library_load_data(&loaded.library, lpsgd_cuda_image, NULL, NULL, 0, NULL, NULL, 0));
+        CHECK(cuLibraryLoadData, &loaded.library, lpsgd_cuda_image, NULL, NULL, 0, NULL, NULL, 0);
     for (int i = 0; i < LPSGD_CUDA_KERNELS; i++)
         if (!loaded.kernel[i])
-            CHECK("LibraryGetKernel",
-                  library_get_kernel(&loaded.kernel[i], loaded.library, names[i]));
+            CHECK(cuLibraryGetKernel, &loaded.kernel[i], loaded.library, names[i]);
     return LPSGD_OK;
 }
 
 static lpsgd_status load(int device)
 {
-    cu_device handle;
+    CUdevice handle;
     if (!loaded.initialized) {
         const lpsgd_status status = initialize();
         if (status != LPSGD_OK)
@@ -216,8 +186,8 @@ static lpsgd_status load(int device)
         loaded.initialized = 1;
     }
     if (!loaded.context[device]) {
-        CHECK("DeviceGet", device_get(&handle, device));
-        CHECK("DevicePrimaryCtxRetain", primary_ctx_retain(&loaded.context[device], handle));
+        CHECK(cuDeviceGet, &handle, device);
+        CHECK(cuDevicePrimaryCtxRetain, &loaded.context[device], handle);
     }
     return load_kernels();
 }
@@ -253,6 +223,14 @@ static int kernel_for(lpsgd_dtype dtype, int momentum_float32)
     }
 }
 
+static lpsgd_status launch(int kernel, unsigned blocks, unsigned threads,
+                           const lpsgd_cuda_target *target, void **arguments)
+{
+    CHECK(cuLaunchKernel, (CUfunction)loaded.kernel[kernel], blocks, 1, 1, threads, 1, 1, 0,
+          target->stream, arguments, NULL);
+    return LPSGD_OK;
+}
+
 static lpsgd_status launch_fold(const lpsgd_hyper *hyper, const lpsgd_cuda_target *target)
 {
     lpsgd_cuda_fold_arguments a = {
@@ -265,9 +243,7 @@ static lpsgd_status launch_fold(const lpsgd_hyper *hyper, const lpsgd_cuda_targe
         .result = target->scratch,
     };
     void *arguments[] = {&a};
-    CHECK("LaunchKernel", launch_kernel(loaded.kernel[LPSGD_CUDA_FOLD], 1, 1, 1, 1, 1, 1, 0,
-                                        target->stream, arguments, NULL));
-    return LPSGD_OK;
+    return launch(LPSGD_CUDA_FOLD, 1, 1, target, arguments);
 }
 
 /* One launch for as many buffers as fit. *done counts the buffers of the list so far. */
@@ -280,9 +256,7 @@ static lpsgd_status launch_some(lpsgd_cuda_step_arguments *a, const lpsgd_buffer
         return LPSGD_OK;
     const unsigned blocks = a->tiles < INT32_MAX ? (unsigned)a->tiles : INT32_MAX;
     void *arguments[] = {a};
-    CHECK("LaunchKernel", launch_kernel(loaded.kernel[kernel], blocks, 1, 1, LPSGD_CUDA_THREADS, 1,
-                                        1, 0, target->stream, arguments, NULL));
-    return LPSGD_OK;
+    return launch(kernel, blocks, LPSGD_CUDA_THREADS, target, arguments);
 }
 
 static int has_device_number(const lpsgd_cuda_target *t)
@@ -317,7 +291,7 @@ static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dt
 {
     lpsgd_scalars k;
     int64_t total;
-    cu_context popped;
+    CUcontext popped;
     lpsgd_status status = lpsgd_fold(hyper, has_momentum, &k);
     if (status == LPSGD_OK)
         status = lpsgd_check_list(list, count, dtype, has_momentum, &k, &total);
@@ -327,9 +301,9 @@ static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dt
         status = lpsgd_cuda_prepare(target->device);
     if (status != LPSGD_OK || !total)
         return status;
-    CHECK("CtxPushCurrent", ctx_push(loaded.context[target->device]));
+    CHECK(cuCtxPushCurrent_v2, loaded.context[target->device]);
     status = launch_all(list, count, dtype, hyper, &k, has_momentum, target);
-    const lpsgd_status after = check("cuCtxPopCurrent", driver.ctx_pop(&popped));
+    const lpsgd_status after = check("cuCtxPopCurrent_v2", driver.cuCtxPopCurrent_v2(&popped));
     return status != LPSGD_OK ? status : after;
 }
 
