@@ -86,7 +86,7 @@ static struct {
 
 enum { DEVICES = 64, LEAST_DRIVER = 12010 /* kernel arguments of 32764 bytes */ };
 
-/* What has been loaded so far; a call that failed is tried again. */
+/* What has been loaded so far; a call that failed is tried again, whatever it left in its result. */
 static struct {
     pthread_mutex_t mutex;
     int initialized;
@@ -168,17 +168,24 @@ static lpsgd_status load_kernels(void)
         [LPSGD_CUDA_FLOAT16_WIDE] = "lpsgd_cuda_float16_wide",
         [LPSGD_CUDA_FOLD] = "lpsgd_cuda_fold_scalars",
     };
-    if (!loaded.library)
-        CHECK(cuLibraryLoadData, &loaded.library, lpsgd_cuda_image, NULL, NULL, 0, NULL, NULL, 0);
+    CUlibrary library;
+    CUkernel kernel;
+    if (!loaded.library) {
+        CHECK(cuLibraryLoadData, &library, lpsgd_cuda_image, NULL, NULL, 0, NULL, NULL, 0);
+        loaded.library = library;
+    }
     for (int i = 0; i < LPSGD_CUDA_KERNELS; i++)
-        if (!loaded.kernel[i])
-            CHECK(cuLibraryGetKernel, &loaded.kernel[i], loaded.library, names[i]);
+        if (!loaded.kernel[i]) {
+            CHECK(cuLibraryGetKernel, &kernel, loaded.library, names[i]);
+            loaded.kernel[i] = kernel;
+        }
     return LPSGD_OK;
 }
 
 static lpsgd_status load(int device)
 {
     CUdevice handle;
+    CUcontext context;
     if (!loaded.initialized) {
         const lpsgd_status status = initialize();
         if (status != LPSGD_OK)
@@ -187,7 +194,8 @@ static lpsgd_status load(int device)
     }
     if (!loaded.context[device]) {
         CHECK(cuDeviceGet, &handle, device);
-        CHECK(cuDevicePrimaryCtxRetain, &loaded.context[device], handle);
+        CHECK(cuDevicePrimaryCtxRetain, &context, handle);
+        loaded.context[device] = context;
     }
     return load_kernels();
 }

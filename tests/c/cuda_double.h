@@ -11,6 +11,9 @@
 
 #include <stddef.h>
 
+#define DOUBLE_FUNCTION(name, parameters) CUresult name parameters;
+LPSGD_CUDA_DRIVER(DOUBLE_FUNCTION)
+
 enum { DOUBLE_DEVICES = 64, DOUBLE_STREAMS = 4, DOUBLE_MEMORY = 1 << 24 /* bytes of a device */ };
 
 /* As in a new process, with this number of devices, zeros in their memory and no log. */
