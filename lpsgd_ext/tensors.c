@@ -610,6 +610,10 @@ int cuda_number(const torch_api *torch, PyObject *object, lpsgd_device_number *n
     if (tensor.device.device_type != LPSGD_DL_CUDA || !tensor.data ||
         dtype_of(&tensor.dtype, &number->dtype, &itemsize) || dense_numel(&tensor, itemsize) != 1)
         return 0;
+    if (ask(torch->is_neg, object)) { /* its memory holds another number, or there was an error */
+        PyErr_Clear();
+        return 0;
+    }
     number->pointer = (const char *)tensor.data + tensor.byte_offset;
     *device = tensor.device.device_id;
     return 1;

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""dlpack_abi.h against the installed PyTorch's own ATen/dlpack.h."""
+"""Declarations of our own against PyTorch's ATen/dlpack.h and CUDA's cuda.h."""
 
 import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from helpers import ROOT, tool
@@ -52,13 +53,36 @@ def test_declarations_agree_with_the_installed_pytorch(tmp_path):
             )
         )
     lines += [equal.format(theirs, ours) for theirs, ours in ENUMS.items()]
-    source = tmp_path / "abi.c"
+    compile_lines(lines, tmp_path, Path(torch.__file__).parent / "include", "lpsgd_ext")
+
+
+def compile_lines(lines, folder, theirs, ours):
+    source = folder / "abi.c"
     source.write_text("\n".join(lines) + "\n")
-    include = Path(torch.__file__).parent / "include"
     subprocess.run(
         [
             *(os.environ.get("CC") or tool("cc"), "-std=c11", "-fsyntax-only"),
-            *("-isystem", include, "-I", ROOT / "lpsgd_ext", source),
+            *("-isystem", theirs, "-I", ROOT / ours, source),
         ],
         check=True,
     )
+
+
+def folder_of_cuda_h():
+    """PyTorch's CUDA builds come with one."""
+    folders = [*Path(torch.__file__).parents[1].glob("nvidia/*/include")]
+    folders.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include"))
+    for folder in folders:
+        if (folder / "cuda.h").exists():
+            return folder
+    pytest.skip("there is no cuda.h")
+
+
+def test_declarations_agree_with_the_installed_cuda(tmp_path):
+    lines = ["#include <cuda.h>", '#include "lpsgd_cuda_driver.h"']
+    # A second declaration of a function is an error unless it is the same.
+    lines.append("#define DECLARE(name, parameters) CUresult name parameters;")
+    lines.append("LPSGD_CUDA_DRIVER(DECLARE)")
+    for name in ("CUresult", "CUdevice", "CUjit_option", "CUlibraryOption"):
+        lines.append(f'_Static_assert(sizeof({name}) == sizeof(int), "{name}");')
+    compile_lines(lines, tmp_path, folder_of_cuda_h(), "csrc")

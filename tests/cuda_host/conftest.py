@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: MIT
+import cuda_double  # isort: skip  (before lpsgd_ext)
+
+import pytest
+
+from lpsgd import _eager, _optimizer, _routing
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """lpsgd_ext as in a new process with three devices, also for the classes."""
+    cuda_double.reset(devices=3)
+    module = cuda_double.fresh_module(tmp_path)
+    for part in (_eager, _optimizer, _routing):
+        monkeypatch.setattr(part, "lpsgd_ext", module)
+    _routing.cuda_works.cache_clear()
+    return module
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport():
+    cuda_double.driver.double_open(1)  # a report may print tensors

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""LPSGD and LPSGDM on tensors that say they are on CUDA devices: routing, fallback and errors."""
+
+import warnings
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import cuda_double
+from cuda_double import cuda, host, opened
+from helpers import CLASSES, same_bits
+
+classes = pytest.mark.parametrize("cls", CLASSES)
+no_warning = pytest.mark.filterwarnings("ignore:PyTorch's operations step on cuda")
+WORDS = r"cuInit: CUDA_ERROR_NO_DEVICE \(100\): no CUDA-capable device is detected"
+
+
+@pytest.fixture(autouse=True)
+def presented(module, monkeypatch):
+    cuda_double.present_as_cuda(monkeypatch)
+
+
+def values(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n % 7 + 1, generator=generator) for n in range(count)]
+
+
+def models(count=5, devices=(0,)):
+    """Parameters on the devices in turn and the same on the CPU, with gradients."""
+    grads = values(count, 1)
+    there, here = [], []
+    for i, value in enumerate(values(count, 0)):
+        device = devices[i % len(devices)]
+        there.append(Parameter(value.clone() if device is None else cuda(value, device)))
+        there[i].grad = grads[i] if device is None else cuda(grads[i], device)
+        here.append(Parameter(value.clone()))
+        here[i].grad = grads[i]
+    return there, here
+
+
+def seen(tensors):
+    return [host(t) if t.is_cuda else t.detach() for t in tensors]
+
+
+def buffers(optimizer, params):
+    return [optimizer.state[p]["momentum_buffer"] for p in params if p in optimizer.state]
+
+
+def assert_same_training(optimizer, other):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    others = [p for group in other.param_groups for p in group["params"]]
+    assert same_bits(seen(params), seen(others))
+    assert same_bits(seen(buffers(optimizer, params)), seen(buffers(other, others)))
+
+
+@classes
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_is_the_cpus_on_every_device(cls, fused):
+    there, here = models(devices=(1, None, 2))
+    optimizer, other = cls(there, lr=0.1, fused=fused), cls(here, lr=0.1)
+    for _ in range(3):
+        optimizer.step()
+        other.step()
+    assert_same_training(optimizer, other)
+    assert cuda_double.count("cuLaunchKernel") == 6
+
+
+# Numbers on the GPU, which a step must not wait for: the host cannot touch them here.
+
+
+@classes
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_does_not_wait_for_lr_on_the_gpu(cls, capturable, monkeypatch):
+    there, here = models()
+    lr = cuda(torch.tensor(0.5))
+    if capturable:
+        monkeypatch.setattr("lpsgd._optimizer.check_capturable", lambda params: None)
+    optimizer, other = cls(there, lr=lr, capturable=capturable), cls(here, lr=0.5)
+    optimizer.step()
+    other.step()
+    host(lr).fill_(0.25)
+    other.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    other.step()
+    assert_same_training(optimizer, other)
+    assert cuda_double.count("cuLaunchKernel lpsgd_cuda_fold_scalars") == 2
+
+
+@classes
+def test_lr_of_one_gpu_serves_every_device(cls):
+    there, here = models(devices=(2, None, 0))
+    optimizer, other = cls(there, lr=cuda(torch.tensor(0.5))), cls(here, lr=0.5)
+    optimizer.step()
+    other.step()
+    assert_same_training(optimizer, other)
+    folds = [line.split()[3] for line in cuda_double.log() if "fold_scalars device" in line]
+    assert sorted(folds) == ["0", "2"]
+
+
+@classes
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_step_does_not_wait_for_what_the_grad_scaler_knows(cls, found_inf):
+    there, here = models()
+    optimizer, other = cls(there, lr=0.1, fused=True), cls(here, lr=0.1)
+    optimizer.grad_scale = cuda(torch.tensor(4.0))
+    optimizer.found_inf = cuda(torch.tensor(found_inf))
+    for param in here:
+        param.grad = param.grad / 4.0
+    optimizer.step()
+    if not found_inf:
+        other.step()
+    assert same_bits(seen(there), seen(here))
+
+
+# Errors.
+
+
+@classes
+def test_without_a_driver_pytorchs_operations_step_and_that_is_said_once(cls):
+    there, _ = models()
+    eager, _ = models()
+    optimizer, other = cls(there, lr=0.1), cls(eager, lr=0.1, foreach=True)
+    cuda_double.fail("cuInit", nth=0, error=100)
+    with opened(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step()
+            other.step()
+    assert_same_training(optimizer, other)
+    (warning,) = caught
+    assert str(warning.message).startswith("PyTorch's operations step on cuda:0: cuInit: CUDA_ERR")
+    assert cuda_double.count("cuLaunchKernel") == 0
+    cuda_double.mend()
+    optimizer.step()
+    assert cuda_double.count("cuLaunchKernel lpsgd_cuda_float32") == 1
+
+
+@no_warning
+@classes
+def test_fused_without_a_driver_raises_and_changes_nothing_until_there_is_one(cls):
+    there, here = models()
+    optimizer, other = cls(there, lr=0.1, fused=True), cls(here, lr=0.1)
+    before = [param._version for param in there]
+    cuda_double.fail("cuInit", nth=0, error=100)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=WORDS):
+            optimizer.step()
+    assert same_bits(seen(there), seen(here))
+    assert [param._version for param in there] == before
+    assert not optimizer.state
+    cuda_double.mend()
+    optimizer.step()
+    other.step()
+    assert_same_training(optimizer, other)
+
+
+@classes
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_refused_launch_is_raised_and_not_made_up_for(module, cls, fused):
+    there, here = models(600)
+    optimizer = cls(there, lr=0.1, fused=fused)
+    other = cls(here[:500], lr=0.1)
+    cuda_double.fail("cuLaunchKernel", nth=2)
+    with pytest.raises(module.CudaError, match="cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED"):
+        optimizer.step()
+    other.step()
+    assert cuda_double.count("cuLaunchKernel") == 2
+    assert same_bits(seen(there), seen(here))
+
+
+@classes
+@pytest.mark.parametrize("call", ["cuCtxPushCurrent_v2", "cuLaunchKernel", "cuCtxPopCurrent_v2"])
+def test_an_error_while_one_of_several_groups_steps_ends_the_step(module, cls, call):
+    there, here = models(devices=(0, 1))
+    optimizer = cls([{"params": there[0::2]}, {"params": there[1::2]}], lr=0.1)
+    cuda_double.fail(call, nth=2)
+    with pytest.raises(module.CudaError, match=call):
+        optimizer.step()
+    cls([*here[0::2], *(here[1::2] if "Pop" in call else [])], lr=0.1).step()
+    assert same_bits(seen(there), seen(here))
+    assert cuda_double.count(call) == 2
+
+
+@no_warning
+@classes
+def test_an_error_while_the_driver_loads_leaves_every_group(module, cls):
+    there, here = models(devices=(0, 1))
+    groups = [{"params": there[0::2]}, {"params": there[1::2]}]
+    optimizer, other = cls(groups, lr=0.1, fused=True), cls(here, lr=0.1)
+    assert module.cuda_refusal(0) is None
+    cuda_double.fail("cuDevicePrimaryCtxRetain", nth=0, error=2)
+    with pytest.raises(RuntimeError, match="cuDevicePrimaryCtxRetain: CUDA_ERROR_OUT_OF_MEMORY"):
+        optimizer.step()
+    assert same_bits(seen(there), seen(here))
+    assert not optimizer.state
+    cuda_double.mend()
+    optimizer.step()
+    other.step()
+    assert same_bits(seen(there), seen(here))
+
+
+@pytest.mark.xfail(strict=True, reason="_routing.cuda_works warns before fused=True raises")
+@classes
+def test_fused_warns_of_no_fallback(cls):
+    optimizer = cls(models()[0], fused=True)
+    cuda_double.fail("cuInit", nth=0, error=100)
+    with pytest.raises(RuntimeError, match=WORDS):
+        optimizer.step()
+
+
+@pytest.mark.xfail(strict=True, reason="_routing.cuda_works remembers a refusal for good")
+@no_warning
+@classes
+def test_a_step_with_lr_on_the_gpu_works_once_the_driver_does(cls):
+    there, here = models()
+    optimizer = cls(there, lr=cuda(torch.tensor(0.5)), fused=True)
+    cuda_double.fail("cuInit", nth=0, error=100)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    cuda_double.mend()
+    optimizer.step()
+    cls(here, lr=0.5).step()
+    assert same_bits(seen(there), seen(here))
