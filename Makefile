@@ -4,13 +4,15 @@
 # make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers
+# make gpu     checks bits on a GPU and times step() there (docs/gpu.md)
+# make gpu-sanitize  runs the checks under NVIDIA's compute-sanitizer
 
 PYTHON ?= python3
 TORCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo test test-frameworks lib bench install clean
+.PHONY: demo test test-frameworks lib bench gpu gpu-sanitize install clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -24,6 +26,17 @@ test-frameworks: $(VENV)/.frameworks install
 
 bench: install
 	$(IN_VENV) -m benchmarks.speed.step
+
+gpu gpu-sanitize: export LPSGD_CUDA = 1
+gpu: install
+	$(IN_VENV) -m benchmarks.speed.gpu --output build/gpu
+
+# PyTorch's caching allocator would hide an access beyond a tensor that stays in its memory. PyTorch
+# tries calls of CUDA that may fail; our own failures raise.
+gpu-sanitize: install
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=lpsgd_cuda \
+	    --report-api-errors no --target-processes application-only --error-exitcode 1 \
+	    $(IN_VENV) -m benchmarks.speed.gpu --sanitizer --output build/gpu-sanitize
 
 lib:
 	$(MAKE) -C csrc
