@@ -4,7 +4,10 @@
 Environment variables:
     CC: the compiler (gcc and clang are tested).
     LPSGD_CUDA: 0 builds without CUDA kernels, 1 fails where they cannot be built; by default a
-        build without nvcc says so and goes on. NVCC: the path of nvcc, else that in PATH.
+        build without nvcc says so and goes on. nvcc must be of CUDA 12.8 or later.
+    NVCC, CUDA_HOME, CUDA_PATH: nvcc, or the folder whose bin has it; otherwise it is that in PATH.
+    TORCH_CUDA_ARCH_LIST: other GPUs than CUDA_ARCHITECTURES, as for PyTorch's extensions.
+    MAX_JOBS: how many architectures are compiled at once, by default one for every CPU.
     LPSGD_OPENMP: 0 builds without OpenMP, 1 fails where OpenMP is missing; by default a build
         without OpenMP says so and goes on.
     LPSGD_WERROR: 1 makes warnings errors.
@@ -14,6 +17,7 @@ Environment variables:
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from glob import glob
 from pathlib import Path
@@ -26,23 +30,43 @@ from setuptools.errors import CompileError, LinkError
 ARITHMETIC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 WARNING_FLAGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+CUDA_FLAGS = ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-Icsrc", "--compress-mode=size"]
 # Machine code for these; PTX of the first serves every GPU between and after them.
-CUDA_ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
-CUDA_FLAGS = [
-    *("-fatbin", "-std=c++17", "-O3", "-fmad=false", "-Icsrc"),
-    *("--compress-mode=size", "--threads=0"),
-    *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in CUDA_ARCHITECTURES),
-    f"-gencode=arch=compute_{CUDA_ARCHITECTURES[0]},code=compute_{CUDA_ARCHITECTURES[0]}",
-]
+CUDA_ARCHITECTURES = "7.5+PTX;8.0;8.6;8.9;9.0;10.0;12.0"
 OPENMP_PROBE = (
     "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
 )
+
+
+def cuda_targets(architectures: str) -> list[str]:
+    """nvcc's names of what a list in TORCH_CUDA_ARCH_LIST's format asks for."""
+    targets = []
+    for name in re.split("[; ]+", architectures.strip("; ")):
+        capability = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if not capability:
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST: {name!r} is no compute capability")
+        number = "".join(capability.groups()[:3])
+        targets += [f"sm_{number}", *([f"compute_{number}"] if capability[4] else [])]
+    return targets
+
+
+def cuda_flags(targets: list[str]) -> list[str]:
+    numbered = [(target, target.partition("_")[2]) for target in targets]
+    return CUDA_FLAGS + [f"-gencode=arch=compute_{n},code={target}" for target, n in numbered]
+
+
+def find_nvcc() -> str | None:
+    if "NVCC" in os.environ:
+        return os.environ["NVCC"]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=home and str(Path(home, "bin")))
 
 
 class BuildExt(build_ext):
     """Chooses the compiler's flags when the compiler is known."""
 
     def build_extensions(self) -> None:
+        self.force = True  # no time stamp tells that flags have changed
         compile_flags = ["-std=c11", "-D_DEFAULT_SOURCE", "-fvisibility=hidden", "-g0"]
         compile_flags += ARITHMETIC_FLAGS + WARNING_FLAGS
         link_flags: list[str] = []
@@ -54,29 +78,36 @@ class BuildExt(build_ext):
         if self.openmp_works():
             compile_flags.append("-fopenmp")
             link_flags.append("-fopenmp")
-        image = self.cuda_image()
-        if image:
-            compile_flags.append(f'-DLPSGD_CUDA_IMAGE="{image}"')
+        compile_flags += self.cuda_macros()
         for extension in self.extensions:
             extension.extra_compile_args = compile_flags
             extension.extra_link_args = link_flags
         super().build_extensions()
 
-    def cuda_image(self) -> Path | None:
-        """The fat binary of the CUDA kernels, made here; None for a build without them."""
+    def cuda_macros(self) -> list[str]:
+        """Makes the fat binary of the CUDA kernels, and tells the C code of it, if there is one."""
         wish = os.environ.get("LPSGD_CUDA")
-        nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+        nvcc = find_nvcc()
         if wish == "0":
-            return None
+            return []
         if not nvcc:
             if wish == "1":
                 raise CompileError("LPSGD_CUDA=1, but there is no nvcc")
             self.announce("There is no nvcc: lpsgd_ext will have no CUDA kernels", level=3)
-            return None
+            return []
+        targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
         image = Path(self.build_temp, "lpsgd_cuda.fatbin").absolute()
         image.parent.mkdir(parents=True, exist_ok=True)
-        self.spawn([nvcc, *CUDA_FLAGS, "csrc/lpsgd_cuda.cu", "-o", str(image)])
-        return image
+        jobs = f"--threads={os.environ.get('MAX_JOBS', 0)}"
+        self.spawn([nvcc, *cuda_flags(targets), jobs, "csrc/lpsgd_cuda.cu", "-o", str(image)])
+        answer = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True)
+        version = re.search(r"release (\d+)\.(\d+)", answer.stdout)
+        assert version, answer.stdout
+        return [
+            f'-DLPSGD_CUDA_IMAGE="{image}"',
+            f"-DLPSGD_CUDA_VERSION={int(version[1]) * 1000 + int(version[2]) * 10}",
+            f'-DLPSGD_CUDA_ARCHITECTURES="{" ".join(targets)}"',
+        ]
 
     def openmp_works(self) -> bool:
         wish = os.environ.get("LPSGD_OPENMP")

@@ -155,8 +155,12 @@ const char *lpsgd_cuda_error(void);
 
 int64_t lpsgd_cuda_scratch_size(void);
 
-/* Whether this build has CUDA kernels: 1 or 0. */
-int lpsgd_has_cuda(void);
+/* The CUDA that made this build's kernels, as 1000 * major + 10 * minor; 0: there are none. */
+int lpsgd_cuda_version(void);
+
+/* What the kernels are for: "sm_90 compute_90" is machine code of compute capability 9.0 and PTX for
+ * later ones; "" without kernels. */
+const char *lpsgd_cuda_architectures(void);
 
 /* rho of eq 20 for 2 <= p <= INFINITY: 0 at p = 2, 1 at INFINITY. NaN for any other p. */
 double lpsgd_rho(double p);

@@ -4,8 +4,9 @@
  * CUDA runtime, and nothing of CUDA is touched before the first step, so that this file links and
  * the library loads anywhere, and a process that has not stepped on a GPU may fork.
  *
- * LPSGD_CUDA_IMAGE is the path of the fat binary made of lpsgd_cuda.cu; without it the functions
- * answer that there are no kernels.
+ * LPSGD_CUDA_IMAGE is the path of the fat binary made of lpsgd_cuda.cu, LPSGD_CUDA_VERSION the CUDA
+ * that made it and LPSGD_CUDA_ARCHITECTURES what it is for; without them the functions answer that
+ * there are no kernels.
  */
 #include "lpsgd_cuda_driver.h"
 #include "lpsgd_cuda_kernel.h"
@@ -30,9 +31,14 @@ int64_t lpsgd_cuda_scratch_size(void)
 
 #ifndef LPSGD_CUDA_IMAGE
 
-int lpsgd_has_cuda(void)
+int lpsgd_cuda_version(void)
 {
     return 0;
+}
+
+const char *lpsgd_cuda_architectures(void)
+{
+    return "";
 }
 
 static lpsgd_status no_kernels(void)
@@ -63,9 +69,14 @@ lpsgd_status lpsgdm_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dty
 
 #else
 
-int lpsgd_has_cuda(void)
+int lpsgd_cuda_version(void)
 {
-    return 1;
+    return LPSGD_CUDA_VERSION;
+}
+
+const char *lpsgd_cuda_architectures(void)
+{
+    return LPSGD_CUDA_ARCHITECTURES;
 }
 
 __asm__(".section .rodata\n"
@@ -84,7 +95,11 @@ static struct {
     LPSGD_CUDA_DRIVER(LPSGD_POINTER)
 } driver = {.once = PTHREAD_ONCE_INIT};
 
-enum { DEVICES = 64, LEAST_DRIVER = 12010 /* kernel arguments of 32764 bytes */ };
+/* A driver takes no machine code of a later major version; those before 12.4 cannot unpack it. */
+enum {
+    DEVICES = 64,
+    LEAST_DRIVER = LPSGD_CUDA_VERSION < 13000 ? 12040 : LPSGD_CUDA_VERSION / 1000 * 1000,
+};
 
 /* What has been loaded so far; a call that failed is tried again, whatever it left in its result. */
 static struct {

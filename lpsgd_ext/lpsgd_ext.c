@@ -499,19 +499,23 @@ PyDoc_STRVAR(build_info_doc,
 "--\n"
 "\n"
 "How this binary was built, as a dict: 'version', 'compiler', 'openmp' (False: every step runs in\n"
-"one thread) and 'cuda' (False: CUDA tensors take PyTorch's operations).");
+"one thread), 'cuda' (the version of CUDA that made the kernels, as '13.0'; None: CUDA tensors take\n"
+"PyTorch's operations) and 'cuda_architectures' (what they are for, as 'sm_90 compute_90').");
 
 static PyObject *build_info(PyObject *module, PyObject *unused)
 {
     (void)module, (void)unused;
-    return Py_BuildValue("{s:s,s:s,s:O,s:O}", "version", LPSGD_VERSION, "compiler",
+    const int cuda = lpsgd_cuda_version();
+    char cuda_text[32];
+    PyOS_snprintf(cuda_text, sizeof cuda_text, "%d.%d", cuda / 1000, cuda % 1000 / 10);
+    return Py_BuildValue("{s:s,s:s,s:O,s:z,s:s}", "version", LPSGD_VERSION, "compiler",
 #ifdef __clang__
                          __VERSION__,
 #else
                          "GCC " __VERSION__,
 #endif
                          "openmp", lpsgd_has_openmp() ? Py_True : Py_False, "cuda",
-                         lpsgd_has_cuda() ? Py_True : Py_False);
+                         cuda ? cuda_text : NULL, "cuda_architectures", lpsgd_cuda_architectures());
 }
 
 static PyMethodDef methods[] = {

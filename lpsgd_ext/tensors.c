@@ -239,13 +239,13 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
         return refuse_because(at);
     }
     const int device_type = out->device.device_type;
-    if (device_type != LPSGD_DL_CPU && !(device_type == LPSGD_DL_CUDA && lpsgd_has_cuda())) {
+    if (device_type != LPSGD_DL_CPU && !(device_type == LPSGD_DL_CUDA && lpsgd_cuda_version())) {
         PyObject *device = PyObject_GetAttrString(tensor, "device");
         if (!device)
             return -1;
         PyErr_Format(PyExc_ValueError, "%s(): %s[%zd] is on %S, but only %s tensors are supported",
                      at->function, at->name, at->index, device,
-                     lpsgd_has_cuda() ? "CPU and CUDA" : "CPU");
+                     lpsgd_cuda_version() ? "CPU and CUDA" : "CPU");
         Py_DECREF(device);
         return -1;
     }

@@ -49,7 +49,7 @@ def run(command, cwd, **environment):
     return result.stdout
 
 
-def build_module(source, **environment):
+def build_module(source, query=QUERY, **environment):
     """Builds the module in place and returns what a step in a fresh interpreter prints."""
     run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
@@ -58,7 +58,7 @@ def build_module(source, **environment):
         **environment,
     )
     path = str(source / "python")
-    return run([sys.executable, "-c", QUERY.format(path=path)], source).strip()
+    return run([sys.executable, "-c", query.format(path=path)], source).strip()
 
 
 def test_wheel_is_abi3_and_the_sdist_builds_the_same(source, tmp_path):
@@ -68,6 +68,7 @@ def test_wheel_is_abi3_and_the_sdist_builds_the_same(source, tmp_path):
     (wheel,) = (tmp_path / "direct").iterdir()
     (again,) = (tmp_path / "from sdist").glob("*.whl")
     assert "-cp310-abi3-linux" in wheel.name and wheel.name == again.name
+    assert wheel.stat().st_size < 1e6
     contents = [
         {name: archive.read(name) for name in archive.namelist() if not name.endswith("RECORD")}
         for archive in (zipfile.ZipFile(wheel), zipfile.ZipFile(again))
@@ -77,6 +78,30 @@ def test_wheel_is_abi3_and_the_sdist_builds_the_same(source, tmp_path):
     assert "lpsgd_ext.abi3.so" in names
     assert {"lpsgd/__init__.py", "lpsgd/py.typed", "lpsgd_ext-stubs/__init__.pyi"} <= set(names)
     assert not [name for name in names if name.endswith((".c", ".h"))]
+
+
+def test_cuda_is_built_for_what_the_environment_asks_and_never_left_over(source, tmp_path):
+    toolkit = tmp_path / "cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    stand_in = ROOT / "tests" / "c" / "nvcc_double.sh"
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/calls"\nexec sh "{stand_in}" "$@"\n')
+    nvcc.chmod(0o755)
+    query = QUERY + 'print(lpsgd_ext.build_info()["cuda"], *lpsgd_ext.build_info().values())\n'
+
+    def cuda_of_build(architectures, wish="1"):
+        environment = {"CUDA_HOME": toolkit, "TORCH_CUDA_ARCH_LIST": architectures}
+        built = build_module(source, query, LPSGD_CUDA=wish, MAX_JOBS="3", **environment)
+        return built.splitlines()[1].partition(" ")[0], built.rpartition("sm_")[2]
+
+    assert cuda_of_build("8.0; 9.0a+PTX") == ("13.0", "90a compute_90a")
+    assert cuda_of_build("12.0") == ("13.0", "120")
+    assert cuda_of_build("12.0", wish="0")[0] == "None"
+    with pytest.raises(AssertionError, match="TORCH_CUDA_ARCH_LIST: 'Hopper' is no compute capab"):
+        cuda_of_build("9.0;Hopper")
+    calls = (tmp_path / "calls").read_text()
+    assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a" in calls
+    assert "--threads=3" in calls
 
 
 def test_module_exports_its_init_function_alone(source):

@@ -30,17 +30,17 @@ def flags_of_the_build():
     tree.body = [
         node
         for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("CUDA_")
+        if ast.unparse(node).startswith(("import re", "CUDA_", "def cuda_"))
     ]
-    constants = {}
-    exec(compile(tree, "setup.py", "exec"), constants)
-    return constants["CUDA_ARCHITECTURES"], constants["CUDA_FLAGS"]
+    names = {}
+    exec(compile(tree, "setup.py", "exec"), names)
+    targets = names["cuda_targets"](names["CUDA_ARCHITECTURES"])
+    numbers = [int(target.removeprefix("sm_")) for target in targets if target.startswith("sm_")]
+    ptx = [f"compute_{number}" for number in numbers]
+    return numbers, names["cuda_flags"](targets), names["cuda_flags"](ptx)
 
 
-ARCHITECTURES, FLAGS = flags_of_the_build()
-PTX_FLAGS = [flag for flag in FLAGS if not flag.startswith("-gencode")] + [
-    f"-gencode=arch=compute_{n},code=compute_{n}" for n in ARCHITECTURES
-]
+ARCHITECTURES, FLAGS, PTX_FLAGS = flags_of_the_build()
 
 
 def run(*command, **options):

@@ -33,6 +33,7 @@ from ._routing import (
     momentum_dtype_of,
     numbers_of,
     observed,
+    warn_of_fallback,
 )
 
 _States = deque[tuple[Tensor, dict[str, Any]]]
@@ -341,6 +342,8 @@ class _LPOptimizer(Optimizer):
                 raise refusal or RuntimeError("`fused=True` needs tensors that C can step")
             finally:
                 del refusal  # its traceback holds this frame
+        if in_c:
+            warn_of_fallback(others)
         calls: list[Callable[[], None]] = []
         for device, same in by_device(native_rows):
             numbers = {

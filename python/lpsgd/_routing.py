@@ -46,14 +46,26 @@ def observed() -> bool:
     )
 
 
+def cuda_refusal(device: torch.device) -> str | None:
+    """Why the C kernels don't run on this device, if it is a CUDA device."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "this PyTorch is built for ROCm"
+    return lpsgd_ext.cuda_refusal(device.index)
+
+
+def warn_of_fallback(rows: Iterable[Row]) -> None:
+    """Says once for a device that the C kernels cannot be used there, and why."""
+    for device, _ in by_device(rows):
+        refusal = cuda_refusal(device)
+        if refusal:
+            _warn_once(f"PyTorch's operations step on {device}: {refusal}")
+
+
 @functools.cache
-def cuda_works(device: int) -> bool:
-    """Whether the C kernels run on this CUDA device; warns if they don't."""
-    refusal = "this PyTorch is built for ROCm" if torch.version.hip else None
-    refusal = refusal or lpsgd_ext.cuda_refusal(device)
-    if refusal:
-        warnings.warn(f"PyTorch's operations step on cuda:{device}: {refusal}", stacklevel=2)
-    return refusal is None
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def is_native(tensors: tuple[Tensor, ...]) -> bool:
@@ -61,7 +73,8 @@ def is_native(tensors: tuple[Tensor, ...]) -> bool:
     param, grad, *_ = tensors
     device = param.device
     return (
-        (device.type == "cpu" or (device.type == "cuda" and cuda_works(device.index)))
+        device.type in ("cpu", "cuda")
+        and cuda_refusal(device) is None
         and grad.dtype == param.dtype in _NATIVE_DTYPES
         and all(_has_native_memory(param, tensor) for tensor in tensors)
         and _is_dense(param)
@@ -147,7 +160,7 @@ def check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
 
 
 def check_fused(rows: Sequence[Row]) -> None:
-    """torch.optim's error for `fused=True` where the kind of parameter has no C kernel."""
+    """torch.optim's error for `fused=True` where a parameter has no C kernel that can run."""
     supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
     for row in rows:
         if row.tensors[1].layout != torch.strided:
@@ -158,6 +171,9 @@ def check_fused(rows: Sequence[Row]) -> None:
                 "`fused=True` requires all the params to be floating point Tensors of "
                 f"supported devices: {supported} but {param.dtype} and {param.device.type}"
             )
+        refusal = cuda_refusal(param.device)
+        if refusal:
+            raise RuntimeError(f"`fused=True` cannot be used on {param.device}: {refusal}")
 
 
 def check_capturable(params: Sequence[Tensor]) -> None:

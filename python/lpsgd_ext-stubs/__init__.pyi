@@ -10,7 +10,8 @@ class BuildInfo(TypedDict):
     version: str
     compiler: str
     openmp: bool
-    cuda: bool
+    cuda: str | None
+    cuda_architectures: str
 
 def lpsgd_(
     params: Sequence[Tensor],

@@ -2,7 +2,11 @@
 # SPDX-License-Identifier: MIT
 #
 # nvcc_double.sh OPTION... SOURCE.cu -o IMAGE: writes what cuda_double.c takes for a fat binary of
-# the source: the header of one, and the source.
+# the source: the header of one, and the source. nvcc_double.sh --version: it is of CUDA 13.0.
+if [ "$1" = --version ]; then
+    echo "Cuda compilation tools, release 13.0"
+    exit
+fi
 while [ $# -gt 0 ]; do
     case $1 in
     -o) image=$2 && shift ;;

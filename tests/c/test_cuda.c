@@ -118,7 +118,8 @@ static void test_nothing_of_the_driver_is_called_before_a_step(void **state)
 {
     (void)state;
     start_anew(1);
-    assert_int_equal(lpsgd_has_cuda(), 1);
+    assert_int_equal(lpsgd_cuda_version(), 13000);
+    assert_string_equal(lpsgd_cuda_architectures(), "sm_90");
     assert_string_equal(lpsgd_cuda_error(), "no error");
     assert_int_equal(lpsgd_cuda_scratch_size(), sizeof(lpsgd_cuda_scalars));
     assert_string_equal(double_log(), "");
@@ -452,12 +453,12 @@ static void test_a_driver_that_is_too_old_is_refused_by_its_version(void **state
 {
     (void)state;
     start_anew(1);
-    double_version(LEAST_DRIVER - 10);
+    double_version(12090);
     assert_int_equal(lpsgd_cuda_prepare(0), LPSGD_ERROR_CUDA);
-    assert_string_equal(lpsgd_cuda_error(), "the NVIDIA driver is too old: it is of CUDA 12.0, and "
-                                            "lpsgd needs 12.1");
+    assert_string_equal(lpsgd_cuda_error(), "the NVIDIA driver is too old: it is of CUDA 12.9, and "
+                                            "lpsgd needs 13.0");
     assert_int_equal(count_calls("cuDevice"), 0);
-    double_version(LEAST_DRIVER);
+    double_version(13000);
     assert_int_equal(lpsgd_cuda_prepare(0), LPSGD_OK);
 }
 

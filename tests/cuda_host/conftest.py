@@ -13,7 +13,7 @@ def module(tmp_path, monkeypatch):
     module = cuda_double.fresh_module(tmp_path)
     for part in (_eager, _optimizer, _routing):
         monkeypatch.setattr(part, "lpsgd_ext", module)
-    _routing.cuda_works.cache_clear()
+    _routing._warn_once.cache_clear()
     return module
 
 

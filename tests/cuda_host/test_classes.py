@@ -12,7 +12,6 @@ from cuda_double import cuda, host, opened
 from helpers import CLASSES, same_bits
 
 classes = pytest.mark.parametrize("cls", CLASSES)
-no_warning = pytest.mark.filterwarnings("ignore:PyTorch's operations step on cuda")
 WORDS = r"cuInit: CUDA_ERROR_NO_DEVICE \(100\): no CUDA-capable device is detected"
 
 
@@ -136,7 +135,6 @@ def test_without_a_driver_pytorchs_operations_step_and_that_is_said_once(cls):
     assert cuda_double.count("cuLaunchKernel lpsgd_cuda_float32") == 1
 
 
-@no_warning
 @classes
 def test_fused_without_a_driver_raises_and_changes_nothing_until_there_is_one(cls):
     there, here = models()
@@ -182,7 +180,6 @@ def test_an_error_while_one_of_several_groups_steps_ends_the_step(module, cls, c
     assert cuda_double.count(call) == 2
 
 
-@no_warning
 @classes
 def test_an_error_while_the_driver_loads_leaves_every_group(module, cls):
     there, here = models(devices=(0, 1))
@@ -200,17 +197,6 @@ def test_an_error_while_the_driver_loads_leaves_every_group(module, cls):
     assert same_bits(seen(there), seen(here))
 
 
-@pytest.mark.xfail(strict=True, reason="_routing.cuda_works warns before fused=True raises")
-@classes
-def test_fused_warns_of_no_fallback(cls):
-    optimizer = cls(models()[0], fused=True)
-    cuda_double.fail("cuInit", nth=0, error=100)
-    with pytest.raises(RuntimeError, match=WORDS):
-        optimizer.step()
-
-
-@pytest.mark.xfail(strict=True, reason="_routing.cuda_works remembers a refusal for good")
-@no_warning
 @classes
 def test_a_step_with_lr_on_the_gpu_works_once_the_driver_does(cls):
     there, here = models()
