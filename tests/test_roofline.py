@@ -65,6 +65,15 @@ def test_a_way_follows_the_branches(kernels, name, p):
     assert loop[-1].target == loop[0].address
 
 
+@pytest.mark.parametrize("p", RULES)
+def test_a_way_has_no_random_numbers(kernels, p):
+    """Stochastic rounding is not the usual way. The number is a factor of lpsgd_random."""
+    kernel = kernels["lpsgd_cuda_bfloat16"]
+    factor = f"{0xED5AD4BB - (1 << 32):#x}"
+    assert sum(factor in one.operands for one in kernel.code) >= 8
+    assert not [one for one in kernel.loop(RULES[p]) if factor in one.operands]
+
+
 @BY_KERNEL_AND_RULE
 def test_every_instruction_is_known(kernels, name, p):
     with_pipe = set().union(*(names for _, names in PIPES.values()))

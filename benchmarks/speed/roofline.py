@@ -399,7 +399,9 @@ def limits_of(kernel: Kernel, p: str, rule: Rule) -> list[str]:
     fractions = [prediction.fraction(kernel.bytes(m)) for m in (True, False)[: 1 + without]]
     return [
         *(kernel.name, p, f"{size}", f"{prediction.inside:.0f} + {prediction.around:.0f}"),
-        *(f"{limits[name] * 1e-9:.0f}" for name in ("issue", pipe, "latency")),
+        f"{limits['issue'] * 1e-9:.0f}",
+        f"{limits[pipe] * 1e-9:.0f} ({pipe})",
+        f"{limits['latency'] * 1e-9:.0f}",
         f"{H100.bandwidth / size * 1e-9:.0f}",
         *(f"{fraction:.2f} ({limit})" for fraction, limit in fractions),
         *([] if without else [""]),
