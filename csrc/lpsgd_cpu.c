@@ -39,7 +39,8 @@ static void choose(void)
     const int no_avx2 = limit && strcmp(limit, "default") == 0;
     const int no_avx512 = no_avx2 || (limit && strcmp(limit, "avx2") == 0);
     __builtin_cpu_init();
-    if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
         process.capability = "avx2";
         process.kernel = lpsgd_kernel_avx2;
         if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -360,18 +360,6 @@ def test_same_parameter_twice_is_refused_by_torch(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_c_path_is_the_default(cls, monkeypatch):
-    calls = []
-    name = "lpsgdm_" if cls is lpsgd.LPSGDM else "lpsgd_"
-    original = getattr(lpsgd_ext, name)
-    monkeypatch.setattr(lpsgd_ext, name, lambda *a, **k: calls.append(1) or original(*a, **k))
-    params = parameters()
-    set_grads(params)
-    cls(params).step()
-    assert calls == [1]
-
-
-@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_gradients_of_another_dtype_are_converted(cls, dtype):
     """PyTorch makes such gradients where `grad_dtype` says so."""
