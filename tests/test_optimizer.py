@@ -11,7 +11,6 @@ import torch
 from torch.nn import Parameter
 
 import lpsgd
-import lpsgd_ext
 from helpers import CLASSES, bits
 
 HOW = [{"fused": True}, {"foreach": True}, {"foreach": False}, {}]
