@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The schedules of p: eq 19, and the habits of torch's schedulers."""
 
+import collections
 import copy
 import gc
 import io
@@ -133,6 +134,28 @@ def test_after_k_steps_p_is_eq_19_at_k_plus_1_in_every_group(every_step):
         expected = [lpsgd_ext.cosine_p(s, 10, p_max, 2.5) for p_max in (6.0, 9.0)]
         assert (schedule.last_epoch, schedule.get_last_p(), ps(groups)) == (k, expected, expected)
         advance(groups, schedule)
+
+
+class WithoutConstructor(torch.optim.Optimizer):
+    """As timm's Lookahead: an optimizer around another that skips Optimizer's constructor."""
+
+    def __init__(self, base):
+        self.base = base
+        self.defaults, self.state = base.defaults, base.state
+        self.param_groups = base.param_groups
+        self._optimizer_step_pre_hooks = collections.OrderedDict()
+        self._optimizer_step_post_hooks = collections.OrderedDict()
+
+    def step(self):
+        self.base.step()
+
+
+def test_a_wrapper_without_optimizers_constructor_drives_p_from_its_first_step_on():
+    wrapper = WithoutConstructor(optimizer(8.0))
+    cosine(wrapper, every_step=True)
+    wrapper.param_groups[0]["params"][0].grad = torch.ones(1)
+    wrapper.step()
+    assert wrapper.param_groups[0]["p"] == pytest.approx(eq_19(2, 10, 8.0, 2.5))
 
 
 @pytest.mark.parametrize("every_step", [False, True])
