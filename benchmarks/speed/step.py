@@ -1,22 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Who is timed on what, and how: one `step()` as a user calls it.
+"""What is stepped and who steps: lists of parameters, and the contenders."""
 
-All contenders of a list step the same parameters, with the same gradients and buffers, in one
-process, in an order that is shuffled for every round. A figure is the median over the rounds of the
-ratio of two contenders' times.
-"""
-
-import gc
-import math
-import os
-import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import inf
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from lion_pytorch import Lion
@@ -24,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
+import lpsgd_ext
 from benchmarks.speed.bound import MemoryBound
 from lpsgd import LPSGD, LPSGDM, _eager
 
@@ -89,21 +78,51 @@ LISTS: dict[str, Shapes] = {
 }
 
 
+def shapes_of(name: str) -> Shapes:
+    """A list by its name, or so many tensors of so many elements: "1000 x 64"."""
+    if name in LISTS:
+        return LISTS[name]
+    count, size = map(int, name.split(" x "))
+    return [(size,)] * count
+
+
 class CompiledEager:
-    """The eager LPSGDM's operations, compiled by torch.compile. (Compiled, `LPSGDM.step` itself
-    calls the C kernel.)"""
+    """The eager LPSGDM's operations as one graph of torch.compile. (`LPSGDM.step` itself calls the
+    C kernel when it is compiled.)"""
 
     def __init__(self, params: list[Parameter]) -> None:
+        torch.compiler.reset()  # otherwise lists that were compiled before count against its limit
         self.params = params
         self.buffers = [torch.zeros_like(param) for param in params]
-        self.compiled = torch.compile(
-            partial(_eager.foreach, lr=1e-3, p=4.0, momentum=0.9, weight_decay=1e-2),
-            dynamic=False,
-        )
+        self.update = torch.compile(self._update, fullgraph=True, dynamic=False)
+
+    @staticmethod
+    def _update(params: list[Any], grads: list[Any], buffers: list[Tensor]) -> None:
+        torch._foreach_lerp_(buffers, grads, 0.1)
+        directions = _eager._directions(buffers, rho=2 / 3, eps=1e-8)  # p = 4
+        torch._foreach_mul_(params, 1 - 1e-3 * 1e-2)
+        torch._foreach_add_(params, directions, alpha=-1e-3)
 
     @torch.no_grad()
     def step(self) -> None:
-        self.compiled(self.params, [param.grad for param in self.params], self.buffers)
+        self.update(self.params, [param.grad for param in self.params], self.buffers)
+
+
+class NativeCall:
+    """The call of C that LPSGDM's step makes, without what Python does around it. A dry run checks
+    the tensors and writes nothing."""
+
+    def __init__(self, params: list[Parameter], dry_run: bool = False) -> None:
+        self.step = partial(
+            lpsgd_ext.lpsgdm_,
+            [param.detach() for param in params],
+            [param.grad for param in params if param.grad is not None],
+            [torch.zeros_like(param) for param in params],
+            lr=1e-3,
+            p=4.0,
+            weight_decay=1e-2,
+            dry_run=dry_run,
+        )
 
 
 CONTENDERS: dict[str, MakeOptimizer] = {
@@ -134,142 +153,7 @@ OTHERS: dict[str, Make] = {
     "eager LPSGDM compiled": CompiledEager,
     "memory": MemoryBound,
     "memory, no momentum": partial(MemoryBound, momentum=False),
+    "C call": NativeCall,
+    "C call, dry run": partial(NativeCall, dry_run=True),
 }
 ALL: dict[str, Make] = {**CONTENDERS, **WITHOUT_MOMENTUM, **OTHERS}
-
-
-def cache_sizes() -> dict[str, int]:
-    """Bytes of each level of data cache that the first CPU reaches, as "L1", "L2" and so on."""
-    sizes = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (
-            (index / name).read_text().strip() for name in ("level", "type", "size")
-        )
-        if kind != "Instruction":
-            sizes[f"L{level}"] = int(size.removesuffix("K")) * 1024
-    return sizes
-
-
-class Setting(NamedTuple):
-    """What all contenders are given."""
-
-    list: str
-    dtype: torch.dtype = torch.float32
-    threads: int = 1
-    caches: str = "fresh"
-
-    @property
-    def bytes(self) -> int:
-        """Those of all parameters."""
-        return sum(map(math.prod, LISTS[self.list])) * self.dtype.itemsize
-
-
-class Ratio(NamedTuple):
-    """The median of per-round ratios, their quartiles, and half the width of about the 95 %
-    confidence interval of the median (McGill, Tukey and Larsen's notch)."""
-
-    median: float
-    low: float
-    high: float
-    margin: float
-
-
-class Record(NamedTuple):
-    """Seconds of every contender's step in a setting, round by round."""
-
-    setting: Setting
-    seconds: dict[str, list[float]]
-    others: float  # the mean number of CPUs that other processes used meanwhile
-
-    def microseconds(self, name: str) -> float:
-        return statistics.median(self.seconds[name]) * 1e6
-
-    def ratio(self, own: str, *peers: str) -> Ratio:
-        """Of a contender's time to the shortest of these peers'."""
-        best = map(min, zip(*(self.seconds[peer] for peer in peers), strict=True))
-        ratios = [a / b for a, b in zip(self.seconds[own], best, strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return Ratio(median, low, high, 1.57 * (high - low) / math.sqrt(len(ratios)))
-
-
-def share_state(optimizers: Sequence[Any]) -> None:
-    """Lets optimizers of the same parameters use one tensor for what they call by one name: the
-    memory stays small, and no contender's buffers lie better than another's."""
-    shared: dict[tuple[Tensor, str], Any] = {}
-    for optimizer in optimizers:
-        for param, state in getattr(optimizer, "state", {}).items():
-            for name, value in state.items():
-                state[name] = shared.setdefault((param, name), value)
-
-
-def cpu_seconds() -> float:
-    """What all processes but this one have used of all CPUs since the machine was started."""
-    with open("/proc/stat") as stat:
-        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.readline().split()[1:])
-    busy = user + nice + system + irq + softirq + steal
-    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
-def measure(
-    setting: Setting,
-    contenders: dict[str, Make],
-    budget: float,
-    rounds: tuple[int, int] = (7, 1000),
-) -> Record:
-    """Times the contenders until `budget` seconds are over, within these numbers of rounds.
-
-    What happens before each step: "fresh": new gradient tensors are written, as a backward pass
-    leaves them. "cold": so they are, and before that a buffer of twice the caches' size, as if the
-    activations were so large. "warm": another step, with the same tensors.
-    """
-    torch.set_num_threads(setting.threads)
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator).to(setting.dtype)
-
-    shapes = LISTS[setting.list]
-    params = [Parameter(randn(shape)) for shape in shapes]
-    fresh = [randn(shape) * 1e-2 for shape in shapes]
-    grads = [torch.empty_like(grad) for grad in fresh]
-    evict = torch.empty(2 * max(cache_sizes().values(), default=1 << 26), dtype=torch.uint8)
-
-    def backward() -> None:
-        if setting.caches == "cold":
-            evict.zero_()
-        torch._foreach_copy_(grads, fresh)
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad.detach()
-
-    backward()
-    optimizers = {}
-    for name, make in contenders.items():
-        optimizers[name] = make(params)
-        optimizers[name].step()  # makes the state, compiles
-        share_state([*optimizers.values()])
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    names = list(optimizers)
-    shuffle = random.Random(0).shuffle
-    gc.collect()
-    gc.disable()
-    start_of_all, others = time.perf_counter(), cpu_seconds()
-    try:
-        for round_ in range(rounds[1] + 1):  # the first is a warm-up
-            if round_ > rounds[0] and time.perf_counter() > start_of_all + budget:
-                break
-            shuffle(names)
-            for name in names:
-                step = optimizers[name].step
-                if setting.caches == "warm":
-                    step()
-                else:
-                    backward()
-                start = time.perf_counter()
-                step()
-                elapsed = time.perf_counter() - start
-                if round_:
-                    seconds[name].append(elapsed)
-    finally:
-        gc.enable()
-    wall = time.perf_counter() - start_of_all
-    return Record(setting, seconds, (cpu_seconds() - others) / wall)

@@ -3,11 +3,11 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
-from benchmarks.speed.step import LISTS, Ratio, Record, Setting
+from benchmarks.speed.step import LISTS
+from benchmarks.speed.timing import Ratio, Record, Setting
 
 NETWORKS = ("ResNet-18", "ResNet-50", "ViT-B/16", "GPT-2")
 MEMORY = "memory"  # the faster of the loop over the same memory and SGD fused
@@ -21,7 +21,7 @@ class Target(NamedTuple):
     threads: tuple[int, ...]
     own: str
     at_most: dict[str, float]
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
 
     def settings(self) -> list[Setting]:
         return [Setting(name, self.dtype, n) for name in self.lists for n in self.threads]
@@ -45,7 +45,7 @@ TARGETS = [
     Target(NETWORKS, (1, 2), _P2, _peers(1.00, 0.65, 0.35)),
     Target(("64k",), (1, 2), _P2, _peers(0.50, 0.65, 0.35)),
     Target(("16M", "64M"), (2,), _P4, {MEMORY: 1 / 0.85}),
-    Target(("ResNet-50", "16M", "64M"), (2,), _P4, {HALF: 1.00}, torch.bfloat16),
+    Target(("ResNet-50", "16M", "64M"), (2,), _P4, {HALF: 1.00}, "bfloat16"),
 ]
 CONTENDERS = (_P2, _P4, "SGD fused", "AdamW fused", "SGD foreach", "eager LPSGDM", MEMORY)
 
@@ -82,10 +82,10 @@ def outcomes(records: Iterable[Record]) -> Iterator[Outcome]:
     for target in TARGETS:
         for setting in target.settings():
             record = by_setting.get(setting)
-            wide = by_setting.get(setting._replace(dtype=torch.float32))
+            wide = by_setting.get(replace(setting, dtype="float32"))
             for peer, at_most in target.at_most.items():
                 if record is None or wide is None:
-                    continue
+                    continue  # no figures
                 if peer == MEMORY:
                     ratio = record.ratio(target.own, MEMORY, "SGD fused")
                 elif peer == HALF:
@@ -100,6 +100,6 @@ def outcomes(records: Iterable[Record]) -> Iterator[Outcome]:
 def settings() -> list[Setting]:
     """Those that the targets are about, each once, those of one list together."""
     unique = dict.fromkeys(setting for target in TARGETS for setting in target.settings())
-    wide = dict.fromkeys(setting._replace(dtype=torch.float32) for setting in unique)
+    wide = dict.fromkeys(replace(setting, dtype="float32") for setting in unique)
     names = list(LISTS)
     return sorted(wide | unique, key=lambda setting: names.index(setting.list))
