@@ -179,8 +179,10 @@ def measure_all(args: argparse.Namespace) -> report.Results:
         results.records.append(min(tries, key=lambda one: one.others))
     if "training" in parts:
         optimizers = {name: CONTENDERS[name] for name in training.CONTENDERS}
-        for task, n in tqdm([*product(training.TASKS, {threads[0], threads[-1]})], leave=False):
-            results.training.extend(training.train(task, optimizers, n, 1 if args.quick else 15))
+        for task, n in tqdm(
+            [*product(training.TASKS, {threads[0], threads[0 if args.quick else -1]})], leave=False
+        ):
+            results.training.extend(training.train(task, optimizers, n, 1 if args.quick else 10))
     if "memory" in parts:
         results.memory.extend(footprint.memory("1M" if args.quick else "ResNet-50"))
     if "package" in parts:

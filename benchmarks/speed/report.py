@@ -3,12 +3,13 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,13 +20,10 @@ from benchmarks.speed.timing import DISTURBED, Record, Setting
 from benchmarks.speed.training import Times
 
 OURS = "LPSGDM p=4"
-PEERS = ("SGD fused", "SGD foreach", "SGD", "AdamW fused", "AdamW foreach", "Lion", "memory")
+PEERS = ("SGD fused", "SGD foreach", "SGD", "AdamW fused", "AdamW foreach", "Lion")
 EAGER = ("eager LPSGDM", "eager LPSGDM for-loop", "eager LPSGDM compiled")
-WITHOUT_MOMENTUM = (
-    *("plain SGD fused", "plain SGD foreach", "plain SGD"),
-    *("eager LPSGD", "memory, no momentum"),
-)
-SETTING = ["list", "dtype", "caches", "threads"]
+WITHOUT_MOMENTUM = ("plain SGD fused", "plain SGD foreach", "plain SGD", "eager LPSGD")
+SETTING = [field.name for field in fields(Setting)]
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,26 @@ def ratio_table(
     return table(title, [head[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
+def bound_table(records: Iterable[Record]) -> str:
+    """The share of the speed that the fastest loop over the same memory reaches."""
+    rows = []
+    for record in records:
+        for own, accesses, bound in (
+            (OURS, 5, ("memory", "SGD fused")),
+            ("LPSGD p=4", 3, ("memory, no momentum", "plain SGD fused")),
+        ):
+            setting = record.setting
+            if setting.elements >= 10**6 and {own, *bound} <= record.seconds.keys():
+                size = setting.elements * accesses * getattr(torch, setting.dtype).itemsize
+                ratio = record.ratio(own, *bound)
+                quartiles = f"({100 / ratio.high:.0f} to {100 / ratio.low:.0f})"
+                speed = f"{size / record.microseconds(own) * 1e-3:.1f}"
+                row = [own, *describe(setting), speed, f"{100 / ratio.median:.0f} % {quartiles}"]
+                rows.append(row)
+    head = ["", *SETTING, "GB/s", "of the bound"]
+    return table("**The bound of memory**: the faster of a plain loop and SGD fused", head, rows)
+
+
 def parts_table(records: Iterable[Record]) -> str:
     """What a step consists of, as differences of times of one round."""
 
@@ -177,7 +195,11 @@ def write(results: Results) -> str:
     fresh = [one for one in wide if one.setting.caches == "fresh"]
     others = [one for one in plain.values() if one.setting.dtype != "float32"]
     huge = [one for one in results.records if one.setting.elements >= 10**9]
-    disturbed = [one for one in results.records if one.others >= DISTURBED]
+    disturbed = "; ".join(
+        f"{', '.join(describe(one.setting))}: {one.others:.2f}"
+        for one in results.records
+        if one.others >= DISTURBED
+    )
     sections = [
         ", ".join(f"{name}: {value}" for name, value in results.machine.items()) + "\n",
         targets_table(results.records),
@@ -188,15 +210,12 @@ def write(results: Results) -> str:
         ratio_table("**Other dtypes**", others, (*PEERS, "eager LPSGDM")),
         ratio_table("**Other caches**", [one for one in wide if one not in fresh], PEERS),
         ratio_table("**Huge**", huge, PEERS),
+        bound_table(plain.values()),
         parts_table(fresh),
         training_table(results.training),
         memory_table(results.memory),
         *(f"**{name}**: {value}\n" for name, value in results.package.items()),
-        *(
-            f"Disturbed: {', '.join(describe(one.setting))}: other processes used {one.others:.2f} "
-            "CPUs.\n"
-            for one in disturbed
-        ),
+        f"Other processes used more than {DISTURBED} CPUs during: {disturbed}.\n" * bool(disturbed),
     ]
     return "\n".join(filter(None, sections))
 
@@ -239,7 +258,7 @@ def _threads(number: int) -> str:
 def draw_bars(records: Sequence[Record]) -> Figure:
     """Peers' times in each list, as multiples of LPSGDM's."""
     panels = _by_threads(records)
-    names = [name for name in STYLES if name not in (OURS, "LPSGDM p=2", "memory")]
+    names = [name for name in (*PEERS, *EAGER) if any(name in one.seconds for one in records)]
     figure = Figure(figsize=(11, 3.6 * len(panels)), layout="constrained")
     for axes, (threads, same) in zip(
         figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
@@ -373,4 +392,4 @@ def draw(results: Results, directory: Path) -> None:
     }
     for name, (function, records) in pictures.items():
         if len(records) > 1:
-            function(records).savefig(directory / f"speed_{name}.png", dpi=100)
+            function(records).savefig(directory / f"speed_{name}.png", dpi=80)
