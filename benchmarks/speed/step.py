@@ -7,7 +7,6 @@ from math import inf
 from typing import Any, Protocol
 
 import torch
-from lion_pytorch import Lion
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
@@ -86,6 +85,13 @@ def shapes_of(name: str) -> Shapes:
     return [(size,)] * count
 
 
+def lion(params: list[Parameter]) -> Optimizer:
+    from lion_pytorch import Lion  # not there where gpu.py runs and nothing can be installed
+
+    optimizer: Optimizer = Lion(params, lr=1e-4, weight_decay=1e-2)
+    return optimizer
+
+
 class CompiledEager:
     """The eager LPSGDM's operations as one graph of torch.compile. (`LPSGDM.step` itself calls the
     C kernel when it is compiled.)"""
@@ -135,7 +141,7 @@ CONTENDERS: dict[str, MakeOptimizer] = {
     "SGD": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2),
     "AdamW fused": partial(AdamW, lr=1e-3, fused=True),
     "AdamW foreach": partial(AdamW, lr=1e-3, foreach=True),
-    "Lion": partial(Lion, lr=1e-4, weight_decay=1e-2),
+    "Lion": lion,
     "eager LPSGDM": partial(LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=True),
     "eager LPSGDM for-loop": partial(LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=False),
 }
