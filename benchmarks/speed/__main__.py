@@ -186,7 +186,7 @@ def measure_all(args: argparse.Namespace) -> report.Results:
     if "memory" in parts:
         results.memory.extend(footprint.memory("1M" if args.quick else "ResNet-50"))
     if "package" in parts:
-        results.package.update(footprint.package(2 if args.quick else 10))
+        results.package.update(footprint.package(2 if args.quick else 5))
     return results
 
 

@@ -134,24 +134,27 @@ def bound_table(records: Iterable[Record]) -> str:
 
 def parts_table(records: Iterable[Record]) -> str:
     """What a step consists of, as differences of times of one round."""
+    parts = {
+        "step()": (OURS, None),
+        "Python": (OURS, "C step"),
+        "gathering in C": ("C step", "C step of lists"),
+        "checks in C": ("C checks of lists", None),
+        "kernel": ("C step of lists", "C checks of lists"),
+    }
 
-    def median(a: list[float], b: list[float]) -> str:
-        return f"{statistics.median(x - y for x, y in zip(a, b, strict=True)) * 1e6:.1f}"
+    def cell(record: Record, whole: str, rest: str | None) -> str:
+        times = record.seconds[whole]
+        others = record.seconds[rest] if rest else [0.0] * len(times)
+        return f"{statistics.median(a - b for a, b in zip(times, others, strict=True)) * 1e6:.1f}"
 
-    rows = []
-    for record in records:
-        if "C call" in record.seconds:
-            step, call, checks = (
-                record.seconds[name] for name in (OURS, "C call", "C call, dry run")
-            )
-            zero = [0.0] * len(step)
-            figures = (median(step, zero), median(step, call), median(checks, zero))
-            rows.append([*describe(record.setting), *figures, median(call, checks)])
     return table(
-        f"**step() of {OURS} in µs**, by part: `lpsgd_ext` called directly, with and without "
-        "dry_run, tells them apart.",
-        [*SETTING, "step()", "Python", "checks in C", "kernel"],
-        rows,
+        f"**step() of {OURS} in µs**, by part",
+        [*SETTING, *parts],
+        [
+            [*describe(record.setting), *(cell(record, *part) for part in parts.values())]
+            for record in records
+            if "C step" in record.seconds
+        ],
     )
 
 
