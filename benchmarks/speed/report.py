@@ -3,7 +3,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -134,24 +134,27 @@ def bound_table(records: Iterable[Record]) -> str:
 
 def parts_table(records: Iterable[Record]) -> str:
     """What a step consists of, as differences of times of one round."""
+    parts = {
+        "step()": (OURS, None),
+        "Python": (OURS, "C step"),
+        "gathering in C": ("C step", "C step of lists"),
+        "checks in C": ("C checks of lists", None),
+        "kernel": ("C step of lists", "C checks of lists"),
+    }
 
-    def median(a: list[float], b: list[float]) -> str:
-        return f"{statistics.median(x - y for x, y in zip(a, b, strict=True)) * 1e6:.1f}"
+    def cell(record: Record, whole: str, rest: str | None) -> str:
+        times = record.seconds[whole]
+        others = record.seconds[rest] if rest else [0.0] * len(times)
+        return f"{statistics.median(a - b for a, b in zip(times, others, strict=True)) * 1e6:.1f}"
 
-    rows = []
-    for record in records:
-        if "C call" in record.seconds:
-            step, call, checks = (
-                record.seconds[name] for name in (OURS, "C call", "C call, dry run")
-            )
-            zero = [0.0] * len(step)
-            figures = (median(step, zero), median(step, call), median(checks, zero))
-            rows.append([*describe(record.setting), *figures, median(call, checks)])
     return table(
-        f"**step() of {OURS} in µs**, by part: `lpsgd_ext` called directly, with and without "
-        "dry_run, tells them apart.",
-        [*SETTING, "step()", "Python", "checks in C", "kernel"],
-        rows,
+        f"**step() of {OURS} in µs**, by part",
+        [*SETTING, *parts],
+        [
+            [*describe(record.setting), *(cell(record, *part) for part in parts.values())]
+            for record in records
+            if "C step" in record.seconds
+        ],
     )
 
 
@@ -211,7 +214,7 @@ def write(results: Results) -> str:
         ratio_table("**Other caches**", [one for one in wide if one not in fresh], PEERS),
         ratio_table("**Huge**", huge, PEERS),
         bound_table(plain.values()),
-        parts_table(fresh),
+        parts_table(results.records),
         training_table(results.training),
         memory_table(results.memory),
         *(f"**{name}**: {value}\n" for name, value in results.package.items()),
@@ -283,6 +286,7 @@ def draw_bars(records: Sequence[Record]) -> Figure:
             )
         axes.axhline(1, color=STYLES[OURS][0])
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(range(len(same)), [record.setting.list for record in same])
         axes.set_ylabel(f"time / that of {OURS}")
         axes.set_title(_threads(threads), loc="left")
@@ -297,81 +301,93 @@ def _draw_lines(
     x: Callable[[Setting], int],
     y: Callable[[Record, str], float],
 ) -> None:
+    """A line for every contender that all records have."""
+    ordered = sorted(records, key=lambda one: x(one.setting))
     for name, (color, style) in STYLES.items():
-        having = sorted(
-            (one for one in records if name in one.seconds), key=lambda one: x(one.setting)
-        )
-        axes.plot(
-            [x(one.setting) for one in having],
-            [y(one, name) for one in having],
-            color=color,
-            linestyle=style,
-            label=name if having else None,
-            marker="." if having else None,
-        )
-    axes.set(xscale="log", yscale="log")
+        if all(name in one.seconds for one in ordered):
+            axes.plot(
+                [x(one.setting) for one in ordered],
+                [y(one, name) for one in ordered],
+                f"{style}.",
+                color=color,
+                label=name,
+            )
     axes.grid(alpha=0.3)
 
 
-def draw_sizes(records: Sequence[Record], caches: dict[str, int]) -> Figure:
-    """Time per element over the elements of one tensor, warm."""
+def _draw_scale(
+    records: Sequence[Record],
+    x: tuple[str, Callable[[Setting], int]],
+    y: tuple[str, Callable[[Record, str], float]],
+) -> Figure:
+    """How the time of a list's part depends on the size of the list."""
     panels = _by_threads(records)
     figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
     subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (threads, same) in zip(subplots, panels, strict=True):
-        _draw_lines(
-            axes,
-            same,
-            lambda setting: setting.elements,
-            lambda record, name: record.microseconds(name) * 1e3 / record.setting.elements,
-        )
+        _draw_lines(axes, same, x[1], y[1])
+        axes.set(xscale="log", yscale="log", xlabel=f"{x[0]}, {_threads(threads)}")
+    subplots[0].set_ylabel(y[0])
+    figure.legend(
+        *subplots[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=9
+    )
+    return figure
+
+
+def draw_sizes(records: Sequence[Record], caches: dict[str, int]) -> Figure:
+    """Time per element over the elements of one tensor."""
+
+    def nanoseconds(record: Record, name: str) -> float:
+        return record.microseconds(name) * 1e3 / record.setting.elements
+
+    figure = _draw_scale(
+        records,
+        ("elements", lambda setting: setting.elements),
+        ("ns per element", nanoseconds),
+    )
+    for axes in figure.axes:
         top = axes.get_xaxis_transform()
         for name, size in caches.items():
             elements = size / 12  # of a parameter, its gradient and its momentum, each 4 bytes
             axes.axvline(elements, color="0.7", linewidth=1, zorder=0)
             axes.text(elements, 0.98, f"{name} ", transform=top, ha="right", va="top")
-        axes.set_xlabel(f"elements, {_threads(threads)}")
-    subplots[0].set_ylabel("ns per element")
-    subplots[-1].legend()
     return figure
 
 
 def draw_tensors(records: Sequence[Record]) -> Figure:
     """Time per tensor over the number of tensors, each of 64 elements."""
-    panels = _by_threads(records)
-    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
-    subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (threads, same) in zip(subplots, panels, strict=True):
-        _draw_lines(
-            axes,
-            same,
-            lambda setting: setting.elements // 64,
-            lambda record, name: record.microseconds(name) / (record.setting.elements // 64),
-        )
-        axes.set_xlabel(f"tensors of 64 elements, {_threads(threads)}")
-    subplots[0].set_ylabel("µs per tensor")
-    subplots[-1].legend()
-    return figure
+
+    def microseconds(record: Record, name: str) -> float:
+        return record.microseconds(name) / (record.setting.elements // 64)
+
+    return _draw_scale(
+        records,
+        ("tensors of 64 elements", lambda setting: setting.elements // 64),
+        ("µs per tensor", microseconds),
+    )
 
 
 def draw_threads(records: Sequence[Record]) -> Figure:
-    """Time over the number of threads."""
+    """How many times faster some threads are than one."""
     lists = list(dict.fromkeys(one.setting.list for one in records))
-    figure = Figure(figsize=(4 * len(lists), 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(lists), squeeze=False)[0], lists, strict=True):
+    figure = Figure(figsize=(3.7 * len(lists), 4), layout="constrained")
+    subplots = figure.subplots(1, len(lists), sharey=True, squeeze=False)[0]
+    for axes, name in zip(subplots, lists, strict=True):
         same = _select(records, list=name)
-        _draw_lines(
-            axes,
-            same,
-            lambda setting: setting.threads,
-            lambda record, name: record.microseconds(name) * 1e-3,
-        )
+        first = min(same, key=lambda one: one.setting.threads)
+
+        def speedup(record: Record, contender: str, first: Record = first) -> float:
+            return first.microseconds(contender) / record.microseconds(contender)
+
         numbers = sorted({one.setting.threads for one in same})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(numbers, map(str, numbers))
+        axes.plot(numbers, [n / numbers[0] for n in numbers], ":", color="0.5", label="ideal")
+        _draw_lines(axes, same, lambda setting: setting.threads, speedup)
+        axes.set_xticks(numbers)
         axes.set_xlabel(f"threads, {name}")
-    figure.axes[0].set_ylabel("ms")
-    figure.axes[-1].legend()
+    subplots[0].set_ylabel(f"speed / that of {_threads(min(one.setting.threads for one in same))}")
+    figure.legend(
+        *subplots[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, fontsize=9
+    )
     return figure
 
 
@@ -380,7 +396,12 @@ def draw(results: Results, directory: Path) -> None:
     float32 = _select(results.records, dtype="float32")
     fresh = _select(float32, caches="fresh")
     warm = _select(float32, caches="warm")
-    threads = [one for one in fresh if one.setting.list in ("64k", "ResNet-50", "64M")]
+    shown = {OURS, "LPSGDM p=2", "SGD fused", "AdamW fused", "memory"}
+    threads = [
+        replace(one, seconds={name: one.seconds[name] for name in shown & one.seconds.keys()})
+        for one in fresh
+        if one.setting.list in ("64k", "ResNet-50", "64M")
+    ]
     pictures: dict[str, tuple[Callable[[Sequence[Record]], Figure], list[Record]]] = {
         "bars": (draw_bars, [one for one in fresh if one.setting.list in LISTS]),
         "sizes": (

@@ -114,9 +114,18 @@ class CompiledEager:
         self.update(self.params, [param.grad for param in self.params], self.buffers)
 
 
+class NativeStep:
+    """The call of C that LPSGDM's step makes, without what Python does around it."""
+
+    def __init__(self, params: list[Parameter]) -> None:
+        optimizer = LPSGDM(params, lr=1e-3, p=4.0, weight_decay=1e-2, fused=True)
+        groups, state = optimizer.param_groups, optimizer.state
+        self.step = partial(lpsgd_ext.step_param_groups, groups, state, False)
+        optimizer.step()  # makes the state
+
+
 class NativeCall:
-    """The call of C that LPSGDM's step makes, without what Python does around it. A dry run checks
-    the tensors and writes nothing."""
+    """The same with lists of tensors at hand. A dry run checks them and writes nothing."""
 
     def __init__(self, params: list[Parameter], dry_run: bool = False) -> None:
         self.step = partial(
@@ -159,7 +168,8 @@ OTHERS: dict[str, Make] = {
     "eager LPSGDM compiled": CompiledEager,
     "memory": MemoryBound,
     "memory, no momentum": partial(MemoryBound, momentum=False),
-    "C call": NativeCall,
-    "C call, dry run": partial(NativeCall, dry_run=True),
+    "C step": NativeStep,
+    "C step of lists": NativeCall,
+    "C checks of lists": partial(NativeCall, dry_run=True),
 }
 ALL: dict[str, Make] = {**CONTENDERS, **WITHOUT_MOMENTUM, **OTHERS}

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from benchmarks.speed.step import ALL, shapes_of
 
-FLOAT32 = ("LPSGD p=4", "LPSGDM p=2", "LPSGDM p=4", "LPSGDM p=inf", "C call, dry run")
+FLOAT32 = ("LPSGD p=4", "LPSGDM p=2", "LPSGDM p=4", "LPSGDM p=inf", "C checks of lists")
 CASES = [
     *(
         (name, "float32", list_)
