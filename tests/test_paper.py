@@ -21,10 +21,9 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
-from benchmarks.paper import networks, report, sweep, training
+from benchmarks.paper import networks, report, sweep
 from benchmarks.paper.characters import Characters
 from benchmarks.paper.config import CONFIGS, Run, load
-from benchmarks.paper.images import Images
 from benchmarks.paper.methods import make_optimizer
 from benchmarks.paper.tasks import Source, make_task
 from benchmarks.paper.training import Machine, Trainer, read_result

@@ -112,8 +112,8 @@ class Study:
     Attributes:
         measure: what decides about lr and is reported: "accuracy" or "loss" on held-out data.
         reference: the method that the others are tested against, if one is named.
-        figures: what `report` draws, by the name of the picture: its `kind`, and the `methods` in
-            it unless they are all.
+        figures: what `report` draws, by the name of the picture: its `kind`, and the `methods` and
+            the `lr_schedule` in it unless they are all.
     """
 
     name: str

@@ -8,7 +8,7 @@ says what they are (see FIGURES).
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,6 +40,7 @@ COLORS = {
     "LPSGDM p=∞": "#000000",
     "Lion": "#999933",
 }
+MORE_COLORS = ("#882255", "#44AA99", "#AA4499", "#117733")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,22 @@ class Report:
     figures: Mapping[str, Mapping[str, Any]]
     rows: list[Row]
 
-    def select(self, names: Sequence[str] | None, lr_schedule: str | None = None) -> list[Row]:
-        """The rows of these methods, in the order of the study."""
-        return [
+    def only(
+        self, methods: Sequence[str] | None = None, lr_schedule: str | None = None
+    ) -> "Report":
+        """The report with these rows alone, in the order of the study."""
+        rows = [
             row
             for row in self.rows
-            if (names is None or row.name in names)
-            and (lr_schedule is None or row.lr_schedule == lr_schedule)
+            if methods is None or row.name in methods
+            if lr_schedule is None or row.lr_schedule == lr_schedule
         ]
+        return replace(self, rows=rows)
+
+    def by_lr_schedule(self) -> dict[str, list[Row]]:
+        """The rows under each lr schedule."""
+        schedules = dict.fromkeys(row.lr_schedule for row in self.rows)
+        return {schedule: self.only(lr_schedule=schedule).rows for schedule in schedules}
 
     @property
     def label(self) -> str:
@@ -146,8 +155,7 @@ def table(report: Report) -> str:
     """The final runs in Markdown, one table for each lr schedule."""
     digits = 1 if report.measure == "accuracy" else 3
     lines = [f"{report.title}; {report.data}. Mean ± standard deviation of {report.seeds} seeds."]
-    for lr_schedule in dict.fromkeys(row.lr_schedule for row in report.rows):
-        rows = report.select(None, lr_schedule)
+    for lr_schedule, rows in report.by_lr_schedule().items():
         reference = next((row for row in rows if row.name == report.reference), None)
         against = f" P against {reference.name} |" if reference else ""
         lines += [
@@ -172,8 +180,8 @@ def table(report: Report) -> str:
 
 def color_of(rows: Sequence[Row]) -> dict[str, str]:
     """A colour for each method."""
-    free = cycle([color for name, color in COLORS.items() if name not in {r.name for r in rows}])
     names = dict.fromkeys(row.name for row in rows)
+    free = cycle([*(COLORS[name] for name in COLORS if name not in names), *MORE_COLORS])
     return {name: COLORS[name] if name in COLORS else next(free) for name in names}
 
 
@@ -223,22 +231,20 @@ def draw_values(axes: Axes, rows: Sequence[Row], report: Report, colors: Mapping
     axes.grid(alpha=0.3)
 
 
-def draw_overview(report: Report, methods: Sequence[str] | None) -> Figure:
+def draw_overview(report: Report) -> Figure:
     """Losses, final values, and what the schedules do to the steps: one column per lr schedule.
 
     The method names beside the values are the legend of all panels.
     """
-    rows = report.select(methods)
-    colors = color_of(rows)
-    schedules = list(dict.fromkeys(row.lr_schedule for row in rows))
-    columns = [report.select(methods, schedule) for schedule in schedules]
+    colors = color_of(report.rows)
+    columns = report.by_lr_schedule()
     figure = plt.figure(figsize=(8, 9), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=(4, 3.2, 2.8))
     count = len(columns)
     loss_panels = parts[0].subplots(1, count, sharey=True, squeeze=False)[0]
     value_panels = parts[1].subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     *step_panels, p_panel = parts[2].subplots(1, count + 1)
-    for i, (schedule, column) in enumerate(zip(schedules, columns, strict=True)):
+    for i, (schedule, column) in enumerate(columns.items()):
         draw_curves(loss_panels[i], column, "loss", colors)
         loss_panels[i].set(yscale="log", title=f"{schedule} learning rate")
         draw_values(value_panels[i], column, report, colors)
@@ -250,7 +256,7 @@ def draw_overview(report: Report, methods: Sequence[str] | None) -> Figure:
     value_panels[0].invert_yaxis()
     loss_panels[0].set_ylabel("training loss (nats)")
     step_panels[0].set_ylabel("mean |Δθ| per step")
-    with_p = [row for row in columns[0] if np.isfinite(row.per_epoch("p")).all()]
+    with_p = [row for row in next(iter(columns.values())) if np.isfinite(row.per_epoch("p")).all()]
     draw_curves(p_panel, [row for row in with_p if row.name.startswith("LP")], "p", colors)
     p_panel.set(ylabel="p")
     figure.suptitle(
@@ -261,8 +267,94 @@ def draw_overview(report: Report, methods: Sequence[str] | None) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Report, Sequence[str] | None], Figure]] = {
+def draw_steps(report: Report) -> Figure:
+    """What a schedule of lr and one of p do to the steps, and what comes of it: one column per lr
+    schedule."""
+    colors = color_of(report.rows)
+    columns = report.by_lr_schedule()
+    figure, axes = plt.subplots(
+        3, len(columns), figsize=(8, 8), layout="constrained", squeeze=False, sharey="row"
+    )
+    for (above, middle, below), (schedule, column) in zip(axes.T, columns.items(), strict=True):
+        draw_curves(above, column, "u", colors)
+        draw_curves(middle, column, "update", colors)
+        draw_values(below, column, report, colors)
+        above.set(yscale="log", title=f"{schedule} learning rate", xlabel="")
+        middle.set(yscale="log")
+    axes[0, 0].set_ylabel("mean |u|")
+    axes[1, 0].set_ylabel("mean |Δθ| per step")
+    axes[2, 0].invert_yaxis()
+    figure.suptitle(f"{report.title}:\nas p goes to 2, |u| falls from about 1 to about |m|")
+    return figure
+
+
+def draw_p_max(report: Report) -> Figure:
+    """The final values over the p that the schedule starts at."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    annealed = [row for row in report.rows if row.name.endswith("→2")]
+    annealed.sort(key=lambda row: float(row.settings["p"]))
+    x = np.arange(len(annealed))
+    for place, row in zip(x, annealed, strict=True):
+        axes.plot([place] * len(row.values), row.values, ".", color=COLORS["LPSGDM 6→2"], alpha=0.6)
+    axes.plot(x, [fmean(row.values) for row in annealed], color=COLORS["LPSGDM 6→2"], linewidth=2)
+    axes.set_xticks(x, [f"{float(row.settings['p']):g}" for row in annealed])
+    others = [row for row in report.rows if row not in annealed]
+    colors = color_of(others)
+    for row in others:
+        style, mean = style_of(row), fmean(row.values)
+        axes.axhline(mean, color=colors[row.name], linestyle=style, label=row.name)
+    axes.set(xlabel="p_max of LPSGDM p_max→2", ylabel=report.label, title=report.title)
+    axes.legend(ncols=2, fontsize=9)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def best_pivot(rows: Sequence[Row], lower_is_better: bool) -> float:
+    """The pivot with which the best lr of every fixed p are as equal as can be.
+
+    A step at p with lr and pivot is the step with pivot 1 and lr · pivot^(-1 / (p - 1)). So if lr*
+    is the best one at pivot 1, log lr* is a line over 1 / (p - 1), of slope -log pivot.
+    """
+    sign = -1.0 if lower_is_better else 1.0
+    best = [max(row.validation, key=lambda one: sign * np.nan_to_num(one[1]))[0] for row in rows]
+    slope, _ = np.polyfit([1 / (float(r.settings["p"]) - 1) for r in rows], np.log(best), 1)
+    return float(np.exp(-slope))
+
+
+def draw_pivot(report: Report) -> Figure:
+    """Whether one lr serves every fixed p, at pivot 1 and at the best one; the schedule beside."""
+    rows = report.rows
+    fixed = [row for row in rows if " p=" in row.name]
+    lower_is_better = report.measure == "loss"
+    pivot = best_pivot(fixed, lower_is_better)
+    colors = color_of(rows)
+    figure = plt.figure(figsize=(8, 6.5), layout="constrained")
+    above, below = figure.subfigures(2, 1)  # type: ignore[misc]
+    panels = above.subplots(1, 2, sharey=True)
+    for axes, kappa in zip(panels, (1.0, pivot), strict=True):
+        for row in fixed:
+            lrs, values = np.array(row.validation).T
+            exponent = 1 / (float(row.settings["p"]) - 1)
+            axes.plot(lrs * kappa**exponent, values, ".-", color=colors[row.name])
+        axes.set(xscale="log", xlabel="lr", title=f"pivot {kappa:.2g}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(report.label.replace("test", "validation"))
+    draw_values(axes := below.subplots(), rows, report, colors)
+    axes.invert_yaxis()
+    typical = [row.per_epoch("m_median")[0] for row in fixed]
+    figure.suptitle(
+        f"{report.title}:\nfixed p on lr grids; final runs of fixed p and of the schedule. "
+        f"Median |m| after one epoch: {min(typical):.1g} to {max(typical):.1g}",
+        fontsize=11,
+    )
+    return figure
+
+
+FIGURES: dict[str, Callable[[Report], Figure]] = {
     "overview": draw_overview,
+    "steps": draw_steps,
+    "p_max": draw_p_max,
+    "pivot": draw_pivot,
 }
 
 
@@ -279,7 +371,8 @@ def draw(report: Report, directory: Path) -> list[Path]:
     files = []
     for name, figure in report.figures.items():
         files.append(directory / f"{name}.png")
-        save(FIGURES[figure["kind"]](report, figure.get("methods")), files[-1])
+        shown = report.only(figure.get("methods"), figure.get("lr_schedule"))
+        save(FIGURES[figure["kind"]](shown), files[-1])
     return files
 
 

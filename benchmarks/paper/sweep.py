@@ -266,6 +266,12 @@ def run_study(study: Study, output: Path, results: Path, machine: Machine, jobs:
     return file
 
 
+def results_directory(arguments: argparse.Namespace) -> Path:
+    """Where results go: unless told otherwise, those that are published beside this file."""
+    small: Path = arguments.output / "small"
+    return arguments.results or (small if arguments.small else RESULTS)
+
+
 def main() -> None:
     """Carries out the command line's study."""
     parser = argparse.ArgumentParser(description="Compare optimizers fairly.")
@@ -275,8 +281,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="directory; benchmarks/paper/results")
     arguments = parser.parse_args()
     study = load(arguments.config, arguments.small)
-    results = arguments.results or (arguments.output / "small" if arguments.small else RESULTS)
-    machine = machine_of(arguments)
+    results, machine = results_directory(arguments), machine_of(arguments)
     file = run_study(study, arguments.output, results, machine, arguments.jobs)
     print(f"The result is in {file}.")
 

@@ -3,7 +3,7 @@
 
 CONFIG is a TOML file, or the name of one in benchmarks/paper/configs, for instance
 
-    python -m benchmarks.paper.train paper-cifar10-resnet18 --method LPSGDM --device cuda --amp bfloat16
+    python -m benchmarks.paper.train paper-cifar10-resnet18 --method LPSGDM --device cuda
 
 Killed and started again, it goes on from its last checkpoint and ends with the same bits. Several
 GPUs: `torchrun --nproc-per-node 8 -m benchmarks.paper.train ...`.
