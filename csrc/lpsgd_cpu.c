@@ -4,6 +4,9 @@
  */
 #include "lpsgd_internal.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 #include <pthread.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -30,6 +33,15 @@ __attribute__((constructor)) static void watch_forks(void)
     pthread_atfork(NULL, NULL, in_forked_child);
 }
 
+#ifdef __x86_64__
+/* clang's __builtin_cpu_supports does not know it. */
+static int has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 static void choose(void)
 {
     process.capability = "default";
@@ -39,7 +51,8 @@ static void choose(void)
     const int no_avx2 = limit && strcmp(limit, "default") == 0;
     const int no_avx512 = no_avx2 || (limit && strcmp(limit, "avx2") == 0);
     __builtin_cpu_init();
-    if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        has_f16c()) {
         process.capability = "avx2";
         process.kernel = lpsgd_kernel_avx2;
         if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -5,13 +5,18 @@
  * Limited API, so that one binary serves CPython 3.10 and every later one. Import torch first: then
  * both share PyTorch's OpenMP runtime.
  */
-#include "tensors.h"
+#include "param_groups.h"
 
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
-static torch_api *state_of(PyObject *module)
+typedef struct module_state {
+    torch_api torch;
+    attribute_names names;
+} module_state;
+
+static module_state *state_of(PyObject *module)
 {
     return PyModule_GetState(module);
 }
@@ -141,12 +146,13 @@ static int prepare_cuda(const torch_api *torch, const tensor_lists *lists,
 
 /* The CUDA groups come first: a launch may be refused, the rest cannot. */
 static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_target *targets,
-                                const lpsgd_hyper *hyper, int has_momentum, int threads)
+                                const param_section *sections, int has_momentum, int threads)
 {
     lpsgd_status status = LPSGD_OK;
     for (int cuda = 1; cuda >= 0; cuda--)
         for (int i = 0; i < groups->count && status == LPSGD_OK; i++) {
             const buffer_group *g = &groups->group[i];
+            const lpsgd_hyper *hyper = &sections[g->section].hyper;
             if ((g->device.device_type == LPSGD_DL_CUDA) != cuda)
                 continue;
             if (cuda)
@@ -159,50 +165,47 @@ static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_ta
     return status;
 }
 
-/* The step of both functions: validate everything, then mutate, or don't. */
-static PyObject *step(torch_api *torch, tensor_lists *lists, PyObject *const *sequences,
-                      const lpsgd_hyper *hyper, const lpsgd_cuda_target *numbers, int mutate)
+/* A step: validate everything, then mutate, or don't. Returns 0, or -1 with an exception. */
+static int step(torch_api *torch, const tensor_lists *lists, const lpsgd_cuda_target *numbers,
+                int mutate)
 {
-    const int has_momentum = lists->count > 2;
-    buffer_groups groups;
+    buffer_groups groups = {.count = 0};
     lpsgd_cuda_target targets[MAX_GROUPS];
-    lpsgd_status status = LPSGD_OK;
-    PyObject *result = NULL;
+    lpsgd_status status;
+    int threads = 0, result = -1;
 
-    groups.count = 0;
-    groups.memory = NULL;
-    if (check_hyper(hyper))
-        goto done;
-    for (int j = 0; j < lists->count; j++) {
-        lists->tuple[j] = snapshot(lists->function, lists->name[j], sequences[j]);
-        if (!lists->tuple[j])
-            goto done;
-    }
+    for (int i = 0; i < lists->section_count; i++)
+        if (check_hyper(&lists->sections[i].hyper))
+            return -1;
     if (tensor_lists_read(torch, lists, &groups) ||
         prepare_cuda(torch, lists, &groups, targets, numbers))
         goto done;
     if (!mutate) {
-        result = Py_NewRef(Py_None);
+        result = 0;
         goto done;
     }
-    const int threads = get_num_threads(torch);
+    threads = get_num_threads(torch);
     if (threads < 0 || bump_versions(torch, lists))
         goto done;
 
     Py_BEGIN_ALLOW_THREADS
-    status = step_groups(&groups, targets, hyper, has_momentum, threads);
+    status = step_groups(&groups, targets, lists->sections, lists->count > 2, threads);
     Py_END_ALLOW_THREADS
     if (status == LPSGD_OK)
-        result = Py_NewRef(Py_None);
+        result = 0;
     else if (status == LPSGD_ERROR_CUDA)
         PyErr_Format(torch->cuda_error, "%s(): %s", lists->function, lpsgd_cuda_error());
     else
         PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
 done:
     PyMem_Free(groups.memory);
+    return result;
+}
+
+static void release(tensor_lists *lists)
+{
     for (int j = 0; j < lists->count; j++)
         Py_XDECREF(lists->tuple[j]);
-    return result;
 }
 
 PyDoc_STRVAR(lpsgd_doc,
@@ -352,7 +355,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
                      function, lr ? "p" : "lr");
         return NULL;
     }
-    torch_api *torch = state_of(module);
+    torch_api *torch = &state_of(module)->torch;
     if (scratch != Py_None) {
         numbers.scratch =
             cuda_scratch(torch, function, scratch, lpsgd_cuda_scratch_size(), &numbers.device);
@@ -384,8 +387,19 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
     if (read_numbers(function, "streams", streams, n, &lists.streams) ||
         read_numbers(function, "offsets", offsets, n, &lists.indices))
         return NULL;
-    lists.momentum_float32 = hyper.momentum_float32;
-    return step(torch, &lists, sequence, &hyper, &numbers, !dry_run && found == 0.0);
+    int result = check_hyper(&hyper);
+    for (int j = 0; j < lists.count && result == 0; j++) {
+        lists.tuple[j] = snapshot(function, lists.name[j], sequence[j]);
+        result = lists.tuple[j] ? 0 : -1;
+    }
+    if (result == 0) {
+        const param_section all = {PyTuple_Size(lists.tuple[0]), hyper};
+        lists.sections = &all;
+        lists.section_count = 1;
+        result = step(torch, &lists, &numbers, !dry_run && found == 0.0);
+    }
+    release(&lists);
+    return result == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *lpsgd(PyObject *module, PyObject *args, PyObject *kwargs)
@@ -396,6 +410,62 @@ static PyObject *lpsgd(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyObject *lpsgdm(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     return parse_and_step(module, args, kwargs, 1);
+}
+
+PyDoc_STRVAR(step_param_groups_doc,
+"step_param_groups(param_groups, state, observed)\n"
+"--\n"
+"\n"
+"The step of an optimizer, in place, for all of its groups at once.\n"
+"\n"
+"Args:\n"
+"    param_groups: list of dicts with the keys of LPSGD or LPSGDM.\n"
+"    state: dict of each parameter's state, a dict with its momentum_buffer; None for LPSGD.\n"
+"    observed: step only groups with fused=True.\n"
+"\n"
+"Returns True if the step has been made, and False if anything about it is unusual, errors included:\n"
+"then nothing has changed. Raises CudaError as lpsgdm_ does.");
+
+static PyObject *step_param_groups(PyObject *module, PyObject *args)
+{
+    PyObject *param_groups, *state;
+    int observed;
+    if (!PyArg_ParseTuple(args, "O!Op:step_param_groups", &PyList_Type, &param_groups, &state,
+                          &observed))
+        return NULL;
+    const int has_momentum = state != Py_None;
+    if (has_momentum && !PyDict_Check(state)) {
+        PyErr_SetString(PyExc_TypeError, "step_param_groups(): argument 'state' must be dict");
+        return NULL;
+    }
+    module_state *own = state_of(module);
+    tensor_lists lists = {
+        .function = "step_param_groups",
+        .count = has_momentum ? 3 : 2,
+        .name = {"params", "grads", "momentum_buffers"},
+        .written = {1, 0, 1},
+    };
+    const lpsgd_cuda_target no_numbers = {.scratch = NULL};
+    const Py_ssize_t count = PyList_Size(param_groups);
+    param_section *sections = PyMem_Calloc((size_t)count + 1, sizeof *sections);
+    if (!sections)
+        return PyErr_NoMemory();
+    int done = param_groups_gather(&own->torch, &own->names, param_groups,
+                                   has_momentum ? state : NULL, observed, &lists, sections);
+    if (done == 1)
+        done = step(&own->torch, &lists, &no_numbers, 1) ? -1 : 1;
+    release(&lists);
+    PyMem_Free(sections);
+    if (done < 0) {
+        const int unusual = PyErr_ExceptionMatches(PyExc_TypeError) ||
+                            PyErr_ExceptionMatches(PyExc_ValueError) ||
+                            PyErr_ExceptionMatches(PyExc_RuntimeError) ||
+                            PyErr_ExceptionMatches(PyExc_OverflowError);
+        if (!unusual || PyErr_ExceptionMatches(own->torch.cuda_error))
+            return NULL;
+        PyErr_Clear();
+    }
+    return PyBool_FromLong(done == 1);
 }
 
 PyDoc_STRVAR(rho_doc,
@@ -521,6 +591,7 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
 static PyMethodDef methods[] = {
     {"lpsgd_", (PyCFunction)(void (*)(void))lpsgd, METH_VARARGS | METH_KEYWORDS, lpsgd_doc},
     {"lpsgdm_", (PyCFunction)(void (*)(void))lpsgdm, METH_VARARGS | METH_KEYWORDS, lpsgdm_doc},
+    {"step_param_groups", step_param_groups, METH_VARARGS, step_param_groups_doc},
     {"rho", rho, METH_O, rho_doc},
     {"cuda_refusal", cuda_refusal, METH_O, cuda_refusal_doc},
     {"cuda_scratch_size", cuda_scratch_size, METH_NOARGS, cuda_scratch_size_doc},
@@ -548,7 +619,7 @@ PyDoc_STRVAR(cuda_error_doc,
 
 static int add_cuda_error(PyObject *module)
 {
-    torch_api *torch = state_of(module);
+    torch_api *torch = &state_of(module)->torch;
     torch->cuda_error = PyErr_NewExceptionWithDoc("lpsgd_ext.CudaError", cuda_error_doc,
                                                   PyExc_RuntimeError, NULL);
     return torch->cuda_error ? PyModule_AddObjectRef(module, "CudaError", torch->cuda_error) : -1;
@@ -556,40 +627,44 @@ static int add_cuda_error(PyObject *module)
 
 static int module_exec(PyObject *module)
 {
-    return torch_api_load(state_of(module)) || add_cuda_error(module) || choose_capability() ? -1
-                                                                                             : 0;
+    module_state *own = state_of(module);
+    const int failed = torch_api_load(&own->torch) || attribute_names_make(&own->names) ||
+                       add_cuda_error(module) || choose_capability();
+    return failed ? -1 : 0;
 }
+
+/* Applies X to every object of the state. */
+#define STATE_OBJECTS(own)                                                                         \
+    X((own)->torch.tensor_type)                                                                    \
+    X((own)->torch.parameter_type)                                                                 \
+    X((own)->torch.is_neg.object)                                             \
+    X((own)->torch.is_inference.object)                                              \
+    X((own)->torch.is_inference_mode_enabled)                                                      \
+    X((own)->torch.untyped_storage.object)                                                  \
+    X((own)->torch.storage_offset.object)                                                          \
+    X((own)->torch.increment_version)                                                              \
+    X((own)->torch.get_num_threads)                                                                \
+    X((own)->torch.cuda_error)
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
-    const torch_api *torch = state_of(module);
-    Py_VISIT(torch->tensor_type);
-    Py_VISIT(torch->parameter_type);
-    Py_VISIT(torch->is_neg);
-    Py_VISIT(torch->cuda_error);
-    Py_VISIT(torch->is_inference);
-    Py_VISIT(torch->is_inference_mode_enabled);
-    Py_VISIT(torch->untyped_storage);
-    Py_VISIT(torch->storage_offset);
-    Py_VISIT(torch->increment_version);
-    Py_VISIT(torch->get_num_threads);
+    const module_state *own = state_of(module);
+#define X(object) Py_VISIT(object);
+    STATE_OBJECTS(own)
+#undef X
     return 0;
 }
 
 static int module_clear(PyObject *module)
 {
-    torch_api *torch = state_of(module);
-    torch_api_forget(torch);
-    Py_CLEAR(torch->tensor_type);
-    Py_CLEAR(torch->parameter_type);
-    Py_CLEAR(torch->is_neg);
-    Py_CLEAR(torch->cuda_error);
-    Py_CLEAR(torch->is_inference);
-    Py_CLEAR(torch->is_inference_mode_enabled);
-    Py_CLEAR(torch->untyped_storage);
-    Py_CLEAR(torch->storage_offset);
-    Py_CLEAR(torch->increment_version);
-    Py_CLEAR(torch->get_num_threads);
+    module_state *own = state_of(module);
+    torch_api_forget(&own->torch);
+#define X(object) Py_CLEAR(object);
+    STATE_OBJECTS(own)
+#define CLEAR_NAME(name) X(own->names.name)
+    LPSGD_NAMES(CLEAR_NAME)
+#undef CLEAR_NAME
+#undef X
     return 0;
 }
 
@@ -604,7 +679,7 @@ static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "lpsgd_ext",
     .m_doc = PyDoc_STR("LPSGD and LPSGDM steps on PyTorch tensors, in C (arXiv:2606.02078)."),
-    .m_size = sizeof(torch_api),
+    .m_size = sizeof(module_state),
     .m_methods = methods,
     .m_slots = slots,
     .m_traverse = module_traverse,

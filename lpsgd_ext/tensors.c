@@ -48,6 +48,36 @@ static const lpsgd_dl_api *find_table(PyObject *tensor_type)
     return table;
 }
 
+/* Finds the C function behind a method: a call of it takes half as long as one of the object. */
+static int find_direct(PyObject *tensor, const char *name, tensor_method *method)
+{
+    PyObject *bound = PyObject_GetAttrString(tensor, name);
+    if (!bound)
+        return -1;
+    if (PyCFunction_CheckExact(bound) && PyCFunction_GetFlags(bound) == METH_NOARGS)
+        method->direct = PyCFunction_GetFunction(bound);
+    Py_DECREF(bound);
+    return 0;
+}
+
+static int find_directs(torch_api *torch)
+{
+    PyObject *tensor = PyObject_CallObject(torch->tensor_type, NULL);
+    const int failed = !tensor || find_direct(tensor, "is_neg", &torch->is_neg) ||
+                       find_direct(tensor, "is_inference", &torch->is_inference) ||
+                       find_direct(tensor, "untyped_storage", &torch->untyped_storage) ||
+                       find_direct(tensor, "storage_offset", &torch->storage_offset);
+    Py_XDECREF(tensor);
+    return failed ? -1 : 0;
+}
+
+/* The tensor's type has been checked. */
+static PyObject *call(const tensor_method *method, PyObject *tensor)
+{
+    return method->direct ? method->direct(tensor, NULL)
+                          : PyObject_CallFunctionObjArgs(method->object, tensor, NULL);
+}
+
 int torch_api_load(torch_api *torch)
 {
     struct {
@@ -56,10 +86,10 @@ int torch_api_load(torch_api *torch)
     } const wanted[] = {
         {&torch->tensor_type, "torch", "Tensor", NULL},
         {&torch->parameter_type, "torch.nn", "Parameter", NULL},
-        {&torch->is_neg, "torch", "Tensor", "is_neg"},
-        {&torch->is_inference, "torch", "Tensor", "is_inference"},
-        {&torch->untyped_storage, "torch", "Tensor", "untyped_storage"},
-        {&torch->storage_offset, "torch", "Tensor", "storage_offset"},
+        {&torch->is_neg.object, "torch", "Tensor", "is_neg"},
+        {&torch->is_inference.object, "torch", "Tensor", "is_inference"},
+        {&torch->untyped_storage.object, "torch", "Tensor", "untyped_storage"},
+        {&torch->storage_offset.object, "torch", "Tensor", "storage_offset"},
         {&torch->increment_version, "torch.autograd.graph", "increment_version", NULL},
         {&torch->get_num_threads, "torch", "get_num_threads", NULL},
         {&torch->is_inference_mode_enabled, "torch", "is_inference_mode_enabled", NULL},
@@ -71,7 +101,7 @@ int torch_api_load(torch_api *torch)
             return -1;
     }
     torch->dlpack = find_table(torch->tensor_type);
-    return torch->dlpack ? 0 : -1;
+    return torch->dlpack ? find_directs(torch) : -1;
 }
 
 /* One element of one list, as messages name it. */
@@ -116,11 +146,10 @@ static int check_type(const torch_api *torch, const place *at, PyObject *tensor)
     return -1;
 }
 
-static int dtype_of(const lpsgd_dl_dtype *type, lpsgd_dtype *dtype, int64_t *itemsize)
+static int dtype_of(const lpsgd_dl_dtype *type, lpsgd_dtype *dtype)
 {
     if (type->lanes != 1)
         return -1;
-    *itemsize = type->bits / 8;
     if (type->code == LPSGD_DL_FLOAT && type->bits == 32)
         *dtype = LPSGD_FLOAT32;
     else if (type->code == LPSGD_DL_FLOAT && type->bits == 64)
@@ -136,7 +165,7 @@ static int dtype_of(const lpsgd_dl_dtype *type, lpsgd_dtype *dtype, int64_t *ite
 
 /* The number of elements, if they fill one stretch of memory with no gap or overlap, in whatever
  * order of dimensions (channels_last, transposed); -1 if they don't or the product overflows. */
-static int64_t dense_numel(const lpsgd_dl_tensor *t, int64_t itemsize)
+static int64_t dense_numel(const lpsgd_dl_tensor *t)
 {
     int64_t numel = 1, extent = 1;
     if (t->ndim > 0 && (!t->shape || !t->strides))
@@ -144,10 +173,11 @@ static int64_t dense_numel(const lpsgd_dl_tensor *t, int64_t itemsize)
     for (int d = 0; d < t->ndim; d++) {
         if (t->shape[d] == 0)
             return 0;
-        if (t->shape[d] < 0 || numel > INT64_MAX / itemsize / t->shape[d])
+        if (t->shape[d] < 0 || __builtin_mul_overflow(numel, t->shape[d], &numel))
             return -1;
-        numel *= t->shape[d];
     }
+    if (numel > INT64_MAX / 8) /* bytes of whatever dtype */
+        return -1;
     /* Each round finds the dimension whose stride is the product of the sizes found before. */
     while (extent < numel) {
         int d = t->ndim - 1;
@@ -164,12 +194,12 @@ static int64_t dense_numel(const lpsgd_dl_tensor *t, int64_t itemsize)
 static int check_storage(const torch_api *torch, const place *at, PyObject *tensor, int64_t numel,
                          int64_t itemsize)
 {
-    PyObject *storage = PyObject_CallFunctionObjArgs(torch->untyped_storage, tensor, NULL);
+    PyObject *storage = call(&torch->untyped_storage, tensor);
     const Py_ssize_t nbytes = storage ? PyObject_Size(storage) : -1;
     Py_XDECREF(storage);
     if (nbytes < 0)
         return refuse_because(at);
-    PyObject *offset_object = PyObject_CallFunctionObjArgs(torch->storage_offset, tensor, NULL);
+    PyObject *offset_object = call(&torch->storage_offset, tensor);
     const int64_t offset = offset_object ? PyLong_AsLongLong(offset_object) : -1;
     Py_XDECREF(offset_object);
     if (offset < 0 && PyErr_Occurred())
@@ -180,10 +210,9 @@ static int check_storage(const torch_api *torch, const place *at, PyObject *tens
     return 0;
 }
 
-/* The truth of what `function` answers of the tensor, or of nothing if that is NULL; -1: exception. */
-static int ask(PyObject *function, PyObject *tensor)
+/* Whether the answer, which is given away, is true; -1: exception. */
+static int truth_of(PyObject *answer)
 {
-    PyObject *answer = PyObject_CallFunctionObjArgs(function, tensor, NULL);
     const int truth = answer ? PyObject_IsTrue(answer) : -1;
     Py_XDECREF(answer);
     return truth;
@@ -192,8 +221,8 @@ static int ask(PyObject *function, PyObject *tensor)
 /* Sets *inference if it is an inference tensor, which may be written to in inference mode alone. */
 static int check_inference(const torch_api *torch, const place *at, PyObject *tensor, int *inference)
 {
-    *inference = ask(torch->is_inference, tensor);
-    const int enabled = *inference > 0 ? ask(torch->is_inference_mode_enabled, NULL) : 0;
+    *inference = truth_of(call(&torch->is_inference, tensor));
+    const int enabled = *inference > 0 ? truth_of(PyObject_CallObject(torch->is_inference_mode_enabled, NULL)) : 0;
     if (*inference < 0 || enabled < 0)
         return refuse_because(at);
     if (*inference && !enabled)
@@ -205,7 +234,7 @@ static int check_inference(const torch_api *torch, const place *at, PyObject *te
 
 static int check_not_negated(const torch_api *torch, const place *at, PyObject *tensor)
 {
-    const int negated = ask(torch->is_neg, tensor);
+    const int negated = truth_of(call(&torch->is_neg, tensor));
     if (negated < 0)
         return refuse_because(at);
     if (negated)
@@ -214,23 +243,10 @@ static int check_not_negated(const torch_api *torch, const place *at, PyObject *
     return 0;
 }
 
-/* What was found of a tensor when it was checked. The object is compared, never looked into. */
-typedef struct known_tensor {
-    const PyObject *tensor;
-    const void *data;
-    uintptr_t bytes;
-} known_tensor;
-
-/* Reads one tensor into `out` and checks it. The two checks that cost a call of a Python method are
- * left out for an object that passed them in the call before, by its address, and still has the same
- * memory: a storage that shrinks moves. (One that is resized twice may move back; PyTorch's own
- * operations do not notice any resize.) Single elements are always asked for their negative bit,
- * since autograd makes such gradients. Sets *changed and *known if the tensor is another one. */
-static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor, int written,
-                       lpsgd_dl_tensor *out, lpsgd_dtype *dtype, int64_t *numel,
-                       known_tensor *known, int *changed)
+/* Reads a tensor through PyTorch's table, which gives no place in memory to an empty one. */
+static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor,
+                       lpsgd_dl_tensor *out)
 {
-    int64_t itemsize;
     if (check_type(torch, at, tensor))
         return -1;
     if (torch->dlpack->dltensor_from_py_object_no_sync(tensor, out)) {
@@ -238,7 +254,15 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
             PyErr_SetString(PyExc_RuntimeError, "PyTorch gives no access to its memory");
         return refuse_because(at);
     }
-    const int device_type = out->device.device_type;
+    out->data = out->data ? (char *)out->data + out->byte_offset : NULL;
+    return 0;
+}
+
+/* What kernels can step at all; *dtype and *numel are the tensor's. */
+static int check_kind(const place *at, PyObject *tensor, const lpsgd_dl_tensor *read,
+                      lpsgd_dtype *dtype, int64_t *numel)
+{
+    const int device_type = read->device.device_type;
     if (device_type != LPSGD_DL_CPU && !(device_type == LPSGD_DL_CUDA && lpsgd_cuda_version())) {
         PyObject *device = PyObject_GetAttrString(tensor, "device");
         if (!device)
@@ -249,7 +273,7 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
         Py_DECREF(device);
         return -1;
     }
-    if (dtype_of(&out->dtype, dtype, &itemsize)) {
+    if (dtype_of(&read->dtype, dtype)) {
         PyObject *name = PyObject_GetAttrString(tensor, "dtype");
         if (!name)
             return -1;
@@ -260,21 +284,79 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
         Py_DECREF(name);
         return -1;
     }
-    *numel = dense_numel(out, itemsize);
+    *numel = dense_numel(read);
     if (*numel < 0)
         return refuse(at, PyExc_ValueError,
                       "is not dense: its elements overlap or leave gaps in memory");
-    out->data = *numel && out->data ? (char *)out->data + out->byte_offset : NULL;
-    const known_tensor found = {tensor, out->data, (uintptr_t)(*numel * itemsize)};
+    return 0;
+}
+
+static int same_sizes(const lpsgd_dl_tensor *a, const lpsgd_dl_tensor *b)
+{
+    for (int d = 0; d < a->ndim; d++)
+        if (a->shape[d] != b->shape[d])
+            return 0;
+    return 1;
+}
+
+/* Whether the elements lie in memory in the same order. The shapes are equal. */
+static int same_order(const lpsgd_dl_tensor *a, const lpsgd_dl_tensor *b)
+{
+    for (int d = 0; d < a->ndim; d++)
+        if (a->strides[d] != b->strides[d] && a->shape[d] > 1)
+            return 0;
+    return 1;
+}
+
+/* `other` must match the parameter of the same index element for element. `expected`: its dtype. */
+static int check_match(const place *at, PyObject *tensor, const lpsgd_dl_tensor *param,
+                       const lpsgd_dl_tensor *other, lpsgd_dl_dtype expected, int64_t numel)
+{
+    const int same_dtype = memcmp(&expected, &other->dtype, sizeof expected) == 0;
+    const int same_device = memcmp(&param->device, &other->device, sizeof param->device) == 0;
+    const int same_shape = param->ndim == other->ndim && same_sizes(param, other);
+    if (same_dtype && same_device && same_shape && (!numel || same_order(param, other)))
+        return 0;
+    lpsgd_dtype dtype;
+    if (check_kind(at, tensor, other, &dtype, &numel))
+        return -1;
+    if (!same_dtype)
+        return refuse(at, PyExc_TypeError,
+                      expected.bits != param->dtype.bits ? "is not float32"
+                                                         : "differs from the parameter in dtype");
+    return refuse(at, PyExc_ValueError,
+                  !same_device  ? "differs from the parameter in device"
+                  : !same_shape ? "differs from the parameter in shape"
+                                : "differs from the parameter in strides");
+}
+
+/* What was found of a tensor when it was checked. The object is compared, never looked into. */
+typedef struct known_tensor {
+    const PyObject *tensor;
+    const void *data;
+    uintptr_t bytes;
+} known_tensor;
+
+/* The checks that cost a call of a Python method are left out for an object that passed them in the
+ * call before, by its address, and still has the same memory: a storage that shrinks moves. (One that
+ * is resized twice may move back; PyTorch's own operations do not notice any resize.) A tensor of
+ * one element is always asked for its negative bit, since autograd makes such gradients. Sets
+ * *changed and *known if the tensor is another one. */
+static int check_memory(const torch_api *torch, const place *at, PyObject *tensor, int written,
+                        const lpsgd_dl_tensor *read, int64_t numel, known_tensor *known,
+                        int *changed)
+{
+    const int64_t itemsize = read->dtype.bits / 8;
+    const known_tensor found = {tensor, numel ? read->data : NULL, (uintptr_t)(numel * itemsize)};
     const int same = known->tensor == found.tensor && known->data == found.data &&
                      known->bytes == found.bytes;
-    if (*numel && (!same || *numel == 1) && check_not_negated(torch, at, tensor))
+    if (numel && (!same || numel == 1) && check_not_negated(torch, at, tensor))
         return -1;
     int inference = 0;
-    if (*numel && !same) {
+    if (numel && !same) {
         if (written && check_inference(torch, at, tensor, &inference))
             return -1;
-        if (check_storage(torch, at, tensor, *numel, itemsize))
+        if (check_storage(torch, at, tensor, numel, itemsize))
             return -1;
         if (!found.data)
             return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
@@ -282,40 +364,14 @@ static int read_tensor(const torch_api *torch, const place *at, PyObject *tensor
             return refuse(at, PyExc_RuntimeError, "has memory that ends beyond the address space");
     }
     /* The same memory may have got another dtype. */
-    if (*numel && (uintptr_t)found.data % (uintptr_t)itemsize)
+    if (numel && ((uintptr_t)found.data & (uintptr_t)(itemsize - 1)))
         return refuse(at, PyExc_ValueError, "is not aligned to its element size");
     if (!same) {
         *known = found;
         if (inference) /* asks again next time */
             known->tensor = NULL;
-        *changed = 1;
+        *changed |= written;
     }
-    return 0;
-}
-
-/* `other` must match the parameter of the same index element for element. `float32`: it is float32
- * where the parameter is of a half type. */
-static int check_match(const place *at, const lpsgd_dl_tensor *param, const lpsgd_dl_tensor *other,
-                       int float32)
-{
-    static const lpsgd_dl_dtype single = {LPSGD_DL_FLOAT, 32, 1};
-    const lpsgd_dl_dtype *expected = float32 && param->dtype.bits == 16 ? &single : &param->dtype;
-    if (memcmp(expected, &other->dtype, sizeof *expected) != 0)
-        return refuse(at, PyExc_TypeError,
-                      expected == &single ? "is not float32" : "differs from the parameter in dtype");
-    if (memcmp(&param->device, &other->device, sizeof param->device) != 0)
-        return refuse(at, PyExc_ValueError, "differs from the parameter in device");
-    if (param->ndim != other->ndim)
-        return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
-    int64_t empty = 0;
-    for (int d = 0; d < param->ndim; d++) {
-        if (param->shape[d] != other->shape[d])
-            return refuse(at, PyExc_ValueError, "differs from the parameter in shape");
-        empty |= param->shape[d] == 0;
-    }
-    for (int d = 0; d < param->ndim && !empty; d++)
-        if (param->shape[d] > 1 && param->strides[d] != other->strides[d])
-            return refuse(at, PyExc_ValueError, "differs from the parameter in strides");
     return 0;
 }
 
@@ -494,16 +550,17 @@ typedef struct grouped_buffer {
 } grouped_buffer;
 
 /* The index of the group, made if there is none yet; -1: too many. */
-static int find_group(buffer_groups *groups, lpsgd_dl_device device, lpsgd_dtype dtype)
+static int find_group(buffer_groups *groups, int section, lpsgd_dl_device device, lpsgd_dtype dtype)
 {
     for (int i = groups->count - 1; i >= 0; i--) {
         const buffer_group *g = &groups->group[i];
-        if (g->dtype == dtype && memcmp(&g->device, &device, sizeof device) == 0)
+        if (g->section == section && g->dtype == dtype && memcmp(&g->device, &device, sizeof device) == 0)
             return i;
     }
     if (groups->count == MAX_GROUPS)
         return -1;
-    groups->group[groups->count] = (buffer_group){.device = device, .dtype = dtype};
+    groups->group[groups->count] = 
+        (buffer_group){.section = section, .device = device, .dtype = dtype};
     return groups->count++;
 }
 
@@ -522,6 +579,29 @@ static void distribute(buffer_groups *groups, const grouped_buffer *from, Py_ssi
         buffer_group *g = &groups->group[from[i].group];
         g->list[g->count++] = from[i].buffer;
     }
+}
+
+/* Reads the tensors of index i and checks them; *numel is 0 if they are empty. *changed is set if one
+ * that is written is another than in the call before. */
+static int read_row(const torch_api *torch, const tensor_lists *lists, Py_ssize_t i,
+                    int momentum_float32, known_tensor *known, lpsgd_dl_tensor *row,
+                    lpsgd_dtype *dtype, int64_t *numel, int *changed)
+{
+    static const lpsgd_dl_dtype single = {LPSGD_DL_FLOAT, 32, 1};
+    for (int j = 0; j < lists->count; j++) {
+        const place at = {lists->function, lists->name[j], i};
+        PyObject *tensor = PyTuple_GetItem(lists->tuple[j], i);
+        if (!tensor || read_tensor(torch, &at, tensor, &row[j]))
+            return -1;
+        const int wide = j == 2 && momentum_float32 && row[0].dtype.bits == 16;
+        if (j == 0 ? check_kind(&at, tensor, row, dtype, numel)
+                   : check_match(&at, tensor, row, &row[j], wide ? single : row[0].dtype, *numel))
+            return -1;
+        if (check_memory(torch, &at, tensor, lists->written[j], &row[j], *numel, &known[j],
+                         changed))
+            return -1;
+    }
+    return 0;
 }
 
 int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_groups *groups)
@@ -545,41 +625,32 @@ int tensor_lists_read(torch_api *torch, const tensor_lists *lists, buffer_groups
     }
 
     const int complete = checked->complete;
-    int written_changed = 0;
+    int written_changed = 0, section = 0;
     checked->complete = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
-        lpsgd_dl_tensor tensor[MAX_LISTS];
-        lpsgd_dtype dtype = LPSGD_FLOAT32, of_param = LPSGD_FLOAT32;
-        int64_t numel = 0;
+        lpsgd_dl_tensor row[MAX_LISTS];
+        lpsgd_dtype dtype;
+        int64_t numel;
         uint64_t stream, index;
-        for (int j = 0; j < lists->count; j++) {
-            const place at = {lists->function, lists->name[j], i};
-            PyObject *object = PyTuple_GetItem(lists->tuple[j], i);
-            int changed = 0;
-            if (!object ||
-                read_tensor(torch, &at, object, lists->written[j], &tensor[j], &dtype, &numel,
-                            &checked->known[i * lists->count + j], &changed) ||
-                (j > 0 &&
-                 check_match(&at, &tensor[0], &tensor[j], j == 2 && lists->momentum_float32)))
-                goto done;
-            written_changed |= changed && lists->written[j];
-            of_param = j ? of_param : dtype;
-        }
-        if (read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
+        while (i == lists->sections[section].end)
+            section++;
+        if (read_row(torch, lists, i, lists->sections[section].hyper.momentum_float32,
+                     &checked->known[i * lists->count], row, &dtype, &numel, &written_changed) ||
+            read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
             read_number(lists, "offsets", lists->indices, i, 0, &index))
             goto done;
         if (!numel)
             continue;
-        const int group = find_group(groups, tensor[0].device, of_param);
+        const int group = find_group(groups, section, row[0].device, dtype);
         if (group < 0) {
-            PyErr_Format(PyExc_ValueError, "%s(): tensors on too many devices", lists->function);
+            PyErr_Format(PyExc_ValueError, "%s(): tensors of too many kinds", lists->function);
             goto done;
         }
         buffers[count].group = group;
         buffers[count++].buffer = (lpsgd_buffer){
-            .param = tensor[0].data,
-            .grad = tensor[1].data,
-            .momentum_buffer = lists->count > 2 ? tensor[2].data : NULL,
+            .param = row[0].data,
+            .grad = row[1].data,
+            .momentum_buffer = lists->count > 2 ? row[2].data : NULL,
             .numel = numel,
             .stream = stream,
             .index = index,
@@ -599,7 +670,6 @@ done:
 int cuda_number(const torch_api *torch, PyObject *object, lpsgd_device_number *number, int *device)
 {
     lpsgd_dl_tensor tensor;
-    int64_t itemsize;
     const PyTypeObject *type = Py_TYPE(object);
     if (type != (PyTypeObject *)torch->tensor_type && type != (PyTypeObject *)torch->parameter_type)
         return 0;
@@ -608,9 +678,9 @@ int cuda_number(const torch_api *torch, PyObject *object, lpsgd_device_number *n
         return 0;
     }
     if (tensor.device.device_type != LPSGD_DL_CUDA || !tensor.data ||
-        dtype_of(&tensor.dtype, &number->dtype, &itemsize) || dense_numel(&tensor, itemsize) != 1)
+        dtype_of(&tensor.dtype, &number->dtype) || dense_numel(&tensor) != 1)
         return 0;
-    if (ask(torch->is_neg, object)) { /* its memory holds another number, or there was an error */
+    if (truth_of(call(&torch->is_neg, object))) { /* its memory holds another number, or there was an error */
         PyErr_Clear();
         return 0;
     }
@@ -635,7 +705,7 @@ void *cuda_scratch(const torch_api *torch, const char *function, PyObject *objec
     const uintptr_t data = (uintptr_t)tensor.data + tensor.byte_offset;
     if (tensor.device.device_type != LPSGD_DL_CUDA || tensor.dtype.code != LPSGD_DL_UINT ||
         tensor.dtype.bits != 8 || tensor.dtype.lanes != 1 || !tensor.data || data % 8 ||
-        dense_numel(&tensor, 1) < bytes || check_storage(torch, &at, object, bytes, 1)) {
+        dense_numel(&tensor) < bytes || check_storage(torch, &at, object, bytes, 1)) {
         if (!PyErr_Occurred())
             PyErr_Format(PyExc_ValueError,
                          "%s(): argument 'scratch' must be a dense uint8 CUDA tensor of at least "

@@ -13,30 +13,44 @@
 
 enum { MAX_LISTS = 3, MAX_GROUPS = 256, RECENT_COUNT = 8 };
 
+/* A method of torch.Tensor without arguments. */
+typedef struct tensor_method {
+    PyObject *object;
+    PyCFunction direct; /* what a call of `object` comes to; NULL if that cannot be told */
+} tensor_method;
+
 /* What the module keeps of PyTorch, and of the calls before; one per module object. */
 typedef struct torch_api {
     PyObject *tensor_type, *parameter_type;
-    PyObject *is_neg, *is_inference, *untyped_storage, *storage_offset; /* of torch.Tensor */
+    tensor_method is_neg, is_inference, untyped_storage, storage_offset;
     PyObject *increment_version, *get_num_threads, *is_inference_mode_enabled;
     PyObject *cuda_error; /* the module's exception */
     const lpsgd_dl_api *dlpack;
     struct checked_lists *recent[RECENT_COUNT]; /* NULL where free */
 } torch_api;
 
+/* Parameters that are stepped alike: those from the end of the section before to `end`. */
+typedef struct param_section {
+    Py_ssize_t end;
+    lpsgd_hyper hyper;
+} param_section;
+
 /* Parallel tuples of tensors, params first; `written` says which a step writes to. Owns
  * references, so that tensors outlive a step although other threads may change the lists. */
 typedef struct tensor_lists {
     const char *function; /* for messages */
     int count;
-    int momentum_float32; /* momentum buffers of bfloat16 and float16 parameters are float32 */
     const char *name[MAX_LISTS];
     int written[MAX_LISTS];
     PyObject *tuple[MAX_LISTS];
     PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
+    const param_section *sections;     /* the last one's end is the tuples' length */
+    int section_count;
 } tensor_lists;
 
-/* The non-empty tensors' memory, grouped by device and dtype. */
+/* The non-empty tensors' memory, grouped by section, device and dtype. */
 typedef struct buffer_group {
+    int section;
     lpsgd_dl_device device;
     lpsgd_dtype dtype;
     lpsgd_buffer *list;

@@ -1,39 +1,21 @@
 # SPDX-License-Identifier: MIT
 """What nvcc makes of the CUDA kernels, read as PTX and as machine code; no GPU is needed."""
 
-import ast
-import contextlib
-import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 
 import pytest
 
+from benchmarks.speed import roofline
+from benchmarks.speed.roofline import KERNELS
 from helpers import ROOT, tool
 
-# Each kernel with the bytes of an element of param and grad, and of momentum_buffer.
-KERNELS = {
-    "lpsgd_cuda_float32": (4, 4),
-    "lpsgd_cuda_float64": (8, 8),
-    "lpsgd_cuda_bfloat16": (2, 2),
-    "lpsgd_cuda_float16": (2, 2),
-    "lpsgd_cuda_bfloat16_wide": (2, 4),
-    "lpsgd_cuda_float16_wide": (2, 4),
-}
 ALL = {*KERNELS, "lpsgd_cuda_fold_scalars"}
 
 
 def flags_of_the_build():
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    tree.body = [
-        node
-        for node in tree.body
-        if ast.unparse(node).startswith(("import re", "CUDA_", "def cuda_"))
-    ]
-    names = {}
-    exec(compile(tree, "setup.py", "exec"), names)
+    names = roofline.of_the_build()
     targets = names["cuda_targets"](names["CUDA_ARCHITECTURES"])
     numbers = [int(target.removeprefix("sm_")) for target in targets if target.startswith("sm_")]
     ptx = [f"compute_{number}" for number in numbers]
@@ -43,19 +25,14 @@ def flags_of_the_build():
 ARCHITECTURES, FLAGS, PTX_FLAGS = flags_of_the_build()
 
 
-def run(*command, **options):
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def compile_kernels(tmp_path_factory):
-    nvcc = os.environ.get("NVCC") or tool("nvcc")
+    if "NVCC" not in os.environ:
+        tool("nvcc")
 
-    def compile_with(flags, root=ROOT, source="csrc/lpsgd_cuda.cu"):
+    def compile_with(flags, **what):
         path = tmp_path_factory.mktemp("cuda") / "kernels.fatbin"
-        run(nvcc, *flags, source, "-o", path, cwd=root)
+        roofline.compile_kernels(flags, path, **what)
         return path
 
     return compile_with
@@ -63,18 +40,11 @@ def compile_kernels(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def disassemble():
-    """cuobjdump, which looks for nvdisasm in PATH: those of PyPI's packages, or the system's."""
-    path = os.environ["PATH"]
-    for package in ("nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            for file in importlib.metadata.files(package) or []:
-                if file.match("bin/*"):
-                    path = f"{file.locate().parent}{os.pathsep}{path}"
-    for name in ("cuobjdump", "nvdisasm"):
-        if shutil.which(name, path=path) is None:
-            pytest.skip(f"{name} is not installed")
-    command = shutil.which("cuobjdump", path=path)
-    return lambda image, what: run(command, what, image, env={**os.environ, "PATH": path})
+    try:
+        roofline.cuobjdump("--version")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    return lambda image, what: roofline.cuobjdump(what, image)
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +54,10 @@ def image(compile_kernels):
 
 def opcodes_of_machine_code(text):
     """The opcodes of each kernel in their order, by architecture."""
-    code = {}
-    for part in re.split(r"(?m)^\s+code for sm_", text)[1:]:
-        functions = re.split(r"(?m)^\s+Function : ", part)
-        code[int(functions[0].split()[0])] = {
-            function.split()[0]: re.findall(
-                r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", function
-            )
-            for function in functions[1:]
-        }
-    return code
+    return {
+        n: {name: [one.opcode for one in code] for name, code in functions.items()}
+        for n, functions in roofline.machine_code(text).items()
+    }
 
 
 def opcodes_of_ptx(text):
@@ -144,7 +108,7 @@ def marked_ptx(compile_kernels, disassemble, tmp_path_factory):
     contracting = [flag.replace("-fmad=false", "-fmad=true") for flag in PTX_FLAGS]
     assert contracting != PTX_FLAGS
     return tuple(
-        opcodes_of_ptx(disassemble(compile_kernels(flags, root), "-ptx"))
+        opcodes_of_ptx(disassemble(compile_kernels(flags, root=root), "-ptx"))
         for flags in (PTX_FLAGS, contracting)
     )
 

@@ -11,7 +11,6 @@ import torch
 from torch.nn import Parameter
 
 import lpsgd
-import lpsgd_ext
 from helpers import CLASSES, bits
 
 HOW = [{"fused": True}, {"foreach": True}, {"foreach": False}, {}]
@@ -357,18 +356,6 @@ def test_same_parameter_twice_is_refused_by_torch(cls):
     param = parameters(1)[0]
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         cls([{"params": [param]}, {"params": [param]}])
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_c_path_is_the_default(cls, monkeypatch):
-    calls = []
-    name = "lpsgdm_" if cls is lpsgd.LPSGDM else "lpsgd_"
-    original = getattr(lpsgd_ext, name)
-    monkeypatch.setattr(lpsgd_ext, name, lambda *a, **k: calls.append(1) or original(*a, **k))
-    params = parameters()
-    set_grads(params)
-    cls(params).step()
-    assert calls == [1]
 
 
 @pytest.mark.parametrize("cls", CLASSES)

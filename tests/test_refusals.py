@@ -116,7 +116,8 @@ def assert_refused(lists, exception, message, **kwargs):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_bad_tensor_is_refused_by_name_and_index(lists, which, bad):
     make, exception, word = BAD_TENSORS[bad]
-    tensors = [[good(), good(), good()] for _ in range(lists)]
+    size = 1 if bad.startswith("one element") else 4
+    tensors = [[good(), good(size), good()] for _ in range(lists)]
     tensors[which][1] = make()
     where = re.escape(f"{NAMES[which]}[1]")
     assert_refused(tensors, exception, f"(?s){where}.*{word}")

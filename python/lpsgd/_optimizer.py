@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: MIT
 """The classes: bookkeeping in torch.optim's style around the steps of lpsgd_ext and _eager."""
 
+import functools
 import inspect
 import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 import lpsgd_ext
 
@@ -38,6 +44,9 @@ from ._routing import (
 
 _States = deque[tuple[Tensor, dict[str, Any]]]
 _Gathered = tuple[int, Lists, list[int]]  # a group's index, its lists, its parameters' numbers
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _FLOAT32 = (torch.float32, "float32")
 
@@ -131,6 +140,17 @@ def _signature_defaults(cls: type) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether a step has more to do than to step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
 class _LPOptimizer(Optimizer):
     """What LPSGD and LPSGDM share."""
 
@@ -144,6 +164,18 @@ class _LPOptimizer(Optimizer):
         self._register()
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
+
+    @staticmethod
+    def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
+        """torch.optim's wrapper of `step`, which runs hooks and tells the profiler, left out while
+        there is neither: that is a third of a small step's time."""
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return (hooked if _has_hooks(args[0]) else func)(*args, **kwargs)
+
+        return step
 
     def _register(self) -> None:
         self._number = next(_numbers)
@@ -243,10 +275,18 @@ class _LPOptimizer(Optimizer):
                 _compiled_step(detached, grads, buffers, streams[i], self._number, i)
 
     def _eager_step(self) -> None:
-        if self._found_inf():
+        if self._usual_step() or self._found_inf():
             return
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             self._checked_step()
+
+    def _usual_step(self) -> bool:
+        """The whole step by one call of C, if there is nothing unusual about it."""
+        attributes = self.__dict__
+        if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
+            return False
+        state = self.state if "momentum" in self._HYPER else None
+        return lpsgd_ext.step_param_groups(self.param_groups, state, observed())
 
     def _checked_step(self) -> None:
         known: _States = deque(self.state.items())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 from collections.abc import Sequence
-from typing import SupportsFloat, TypedDict
+from typing import Any, SupportsFloat, TypedDict
 
 from torch import Tensor
 
@@ -57,6 +57,12 @@ def lpsgdm_(
 def cuda_refusal(device: int) -> str | None: ...
 def cuda_scratch_size() -> int: ...
 def rho(p: SupportsFloat) -> float: ...
+def step_param_groups(
+    param_groups: list[dict[str, Any]],
+    state: dict[Tensor, dict[str, Any]] | None,
+    observed: bool,
+    /,
+) -> bool: ...
 def cosine_p(
     s: SupportsFloat, total: SupportsFloat, p_max: SupportsFloat, p_min: SupportsFloat = 2.0
 ) -> float: ...

@@ -5,6 +5,8 @@ import pytest
 
 from lpsgd import _eager, _optimizer, _routing
 
+collect_ignore = ["cuda_double.py"]  # as a module with doctests it would be imported a second time
+
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):

@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * param_groups.c: reads what an optimizer of PyTorch keeps. No Python code runs meanwhile, except for
+ * the hash of a parameter whose state is out of order; then the lists may change, never the tuples.
+ */
+#include "param_groups.h"
+
+int attribute_names_make(attribute_names *names)
+{
+#define LPSGD_NAME(name)                                                                           \
+    if (!(names->name = PyUnicode_InternFromString(#name)))                                        \
+        return -1;
+    LPSGD_NAMES(LPSGD_NAME)
+#undef LPSGD_NAME
+    return 0;
+}
+
+/* Borrows; None where there is no such key. NULL: exception. */
+static PyObject *get(PyObject *dict, PyObject *key)
+{
+    PyObject *value = PyDict_GetItemWithError(dict, key);
+    return value || PyErr_Occurred() ? value : Py_None;
+}
+
+/* All of these return 1, 0 for something unusual, or -1 with an exception. */
+
+static int read_number(PyObject *group, PyObject *key, double *number)
+{
+    PyObject *value = get(group, key);
+    if (!value)
+        return -1;
+    if (!PyFloat_CheckExact(value) && !PyLong_CheckExact(value))
+        return 0;
+    *number = PyFloat_AsDouble(value);
+    return *number == -1.0 && PyErr_Occurred() ? -1 : 1;
+}
+
+static int read_bool(PyObject *group, PyObject *key, int *truth)
+{
+    PyObject *value = get(group, key);
+    if (!value)
+        return -1;
+    *truth = value == Py_True;
+    return value == Py_True || value == Py_False;
+}
+
+static int read_hyper(const attribute_names *names, PyObject *group, int has_momentum,
+                      lpsgd_hyper *hyper)
+{
+    *hyper = (lpsgd_hyper){.grad_scale = 1.0};
+    const struct {
+        PyObject *key;
+        double *number;
+    } numbers[] = {
+        {names->lr, &hyper->lr},
+        {names->p, &hyper->p},
+        {names->weight_decay, &hyper->weight_decay},
+        {names->eps, &hyper->eps},
+        {names->pivot, &hyper->pivot},
+        {names->momentum, &hyper->momentum}, /* the last: LPSGD has none */
+    };
+    const size_t count = sizeof numbers / sizeof *numbers - !has_momentum;
+    int answer = read_bool(group, names->maximize, &hyper->maximize);
+    for (size_t i = 0; i < count && answer == 1; i++)
+        answer = read_number(group, numbers[i].key, numbers[i].number);
+    if (answer == 1 && has_momentum) {
+        PyObject *dtype = get(group, names->momentum_dtype);
+        if (!dtype)
+            return -1;
+        hyper->momentum_float32 = dtype != Py_None; /* it can be nothing else */
+    }
+    return answer;
+}
+
+/* Whether the group's options leave the step to C. */
+static int read_options(const attribute_names *names, PyObject *group, int observed)
+{
+    PyObject *const others[] = {names->differentiable, names->capturable,
+                                names->stochastic_rounding};
+    for (int i = 0; i < 3; i++) {
+        int truth = 0;
+        const int answer = read_bool(group, others[i], &truth);
+        if (answer != 1 || truth)
+            return answer == 1 ? 0 : answer;
+    }
+    PyObject *fused = get(group, names->fused), *foreach = fused ? get(group, names->foreach) : NULL;
+    if (!foreach)
+        return -1;
+    return fused == Py_True ? foreach != Py_True
+                            : fused == Py_None && foreach == Py_None && !observed;
+}
+
+/* A new reference to the momentum buffer. States lie in the order of the parameters as a rule;
+ * *position is behind that of the parameter before. */
+static int find_buffer(const attribute_names *names, PyObject *states, PyObject *param,
+                       Py_ssize_t *position, PyObject **buffer)
+{
+    PyObject *key, *state;
+    Py_ssize_t next = *position;
+    if (PyDict_Next(states, &next, &key, &state) && key == param)
+        *position = next;
+    else
+        state = PyDict_GetItemWithError(states, param);
+    if (!state || !PyDict_CheckExact(state))
+        return PyErr_Occurred() ? -1 : 0;
+    *buffer = get(state, names->momentum_buffer);
+    if (!*buffer)
+        return -1;
+    Py_INCREF(*buffer);
+    return *buffer != Py_None;
+}
+
+typedef struct gathering {
+    const torch_api *torch;
+    const attribute_names *names;
+    PyObject *state;
+    tensor_lists *lists;
+    Py_ssize_t room, found, position;
+} gathering;
+
+/* Gives away the reference. */
+static int add(gathering *g, int list, PyObject *tensor)
+{
+    return PyTuple_SetItem(g->lists->tuple[list], g->found, tensor) ? -1 : 1;
+}
+
+static int gather_param(gathering *g, PyObject *param)
+{
+    const PyTypeObject *type = Py_TYPE(param);
+    if (type != (PyTypeObject *)g->torch->parameter_type &&
+        type != (PyTypeObject *)g->torch->tensor_type)
+        return 0;
+    PyObject *grad = PyObject_GetAttr(param, g->names->grad), *buffer = NULL;
+    if (!grad)
+        return -1;
+    if (grad == Py_None) {
+        Py_DECREF(grad);
+        return 1;
+    }
+    int answer = add(g, 1, grad);
+    if (answer == 1)
+        answer = add(g, 0, Py_NewRef(param));
+    if (answer == 1 && g->state) {
+        answer = find_buffer(g->names, g->state, param, &g->position, &buffer);
+        if (buffer && add(g, 2, buffer) < 0)
+            answer = -1;
+    }
+    g->found += answer == 1;
+    return answer;
+}
+
+static int gather_group(gathering *g, PyObject *group, int observed, param_section *section)
+{
+    PyObject *params = get(group, g->names->params);
+    if (!params || !PyList_Check(params))
+        return params ? 0 : -1;
+    int answer = read_options(g->names, group, observed);
+    if (answer == 1)
+        answer = read_hyper(g->names, group, g->state != NULL, &section->hyper);
+    Py_INCREF(params);
+    for (Py_ssize_t i = 0; i < PyList_Size(params) && answer == 1; i++) {
+        PyObject *param = Py_NewRef(PyList_GetItem(params, i));
+        answer = g->found < g->room ? gather_param(g, param) : 0;
+        Py_DECREF(param);
+    }
+    Py_DECREF(params);
+    section->end = g->found;
+    return answer;
+}
+
+/* The number of parameters in all groups, with or without a gradient; -1: something is unusual. */
+static Py_ssize_t count_params(const attribute_names *names, PyObject *param_groups)
+{
+    Py_ssize_t count = 0;
+    for (Py_ssize_t i = 0; i < PyList_Size(param_groups); i++) {
+        PyObject *group = PyList_GetItem(param_groups, i);
+        PyObject *params = PyDict_Check(group) ? get(group, names->params) : NULL;
+        if (!params || !PyList_Check(params))
+            return -1;
+        count += PyList_Size(params);
+    }
+    return count;
+}
+
+/* The tuples were made with room for parameters that turned out to have no gradient. */
+static int cut(tensor_lists *lists, Py_ssize_t count)
+{
+    for (int j = 0; j < lists->count; j++) {
+        PyObject *whole = lists->tuple[j];
+        lists->tuple[j] = PyTuple_GetSlice(whole, 0, count);
+        Py_DECREF(whole);
+        if (!lists->tuple[j])
+            return -1;
+    }
+    return 1;
+}
+
+int param_groups_gather(const torch_api *torch, const attribute_names *names,
+                        PyObject *param_groups, PyObject *state, int observed, tensor_lists *lists,
+                        param_section *sections)
+{
+    const Py_ssize_t count = PyList_Size(param_groups), room = count_params(names, param_groups);
+    gathering g = {torch, names, state, lists, room, 0, 0};
+    if (room < 0)
+        return PyErr_Occurred() ? -1 : 0;
+    for (int j = 0; j < lists->count; j++) {
+        lists->tuple[j] = PyTuple_New(room);
+        if (!lists->tuple[j])
+            return -1;
+    }
+    int answer = 1;
+    for (Py_ssize_t i = 0; i < count && answer == 1; i++) {
+        PyObject *group = Py_XNewRef(PyList_GetItem(param_groups, i));
+        answer = group ? gather_group(&g, group, observed, &sections[i]) : -1;
+        Py_XDECREF(group);
+    }
+    lists->sections = sections;
+    lists->section_count = (int)count;
+    return answer == 1 && g.found < room ? cut(lists, g.found) : answer;
+}

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""lpsgd_ext.step_param_groups: the same step as by the lists, or none at all."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import lpsgd
+import lpsgd_ext
+from helpers import CLASSES, DTYPES, same_bits, set_grads
+
+SIZES = [(7,), (), (3, 5), (0,), (1000,), (1,)]
+
+
+def optimizer_of(cls, count=2, dtype=torch.float32, **keywords):
+    """With `count` groups of different numbers, a step behind it, and gradients for the next."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        {
+            "params": [
+                Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES
+            ],
+            "lr": 0.1 / (i + 1),
+            "p": (3.0, 2.0, math.inf)[i % 3],
+            "weight_decay": 0.1 * i,
+        }
+        for i in range(count)
+    ]
+    optimizer = cls(groups, **keywords)
+    for seed in range(2):
+        set_grads(params_of(optimizer), seed)
+        if seed == 0:
+            optimizer.step()
+    return optimizer
+
+
+def params_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def step(optimizer, observed=False):
+    state = optimizer.state if isinstance(optimizer, lpsgd.LPSGDM) else None
+    return lpsgd_ext.step_param_groups(optimizer.param_groups, state, observed)
+
+
+def step_by_lists(optimizer):
+    for group in optimizer.param_groups:
+        params = [param for param in group["params"] if param.grad is not None]
+        lists = [params, [param.grad for param in params]]
+        names = ["lr", "p", "weight_decay", "eps", "pivot", "maximize"]
+        if isinstance(optimizer, lpsgd.LPSGDM):
+            lists.append([optimizer.state[param]["momentum_buffer"] for param in params])
+            names.append("momentum")
+            numbers = {"momentum_float32": group["momentum_dtype"] is not None}
+            lpsgd_ext.lpsgdm_(*lists, **numbers, **{name: group[name] for name in names})
+        else:
+            lpsgd_ext.lpsgd_(*lists, **{name: group[name] for name in names})
+
+
+def contents(optimizer):
+    params = params_of(optimizer)
+    buffers = [optimizer.state[p]["momentum_buffer"] for p in params if optimizer.state.get(p)]
+    return [param.detach() for param in params] + buffers
+
+
+def versions(optimizer):
+    return [tensor._version for tensor in contents(optimizer)]
+
+
+def assert_not_stepped(optimizer, **keywords):
+    before, old = copy.deepcopy(contents(optimizer)), versions(optimizer)
+    assert step(optimizer, **keywords) is False
+    assert same_bits(contents(optimizer), before)
+    assert versions(optimizer) == old
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_step_is_that_of_the_lists(cls, dtype, count):
+    optimizer, other = (optimizer_of(cls, count, dtype) for _ in range(2))
+    before = versions(optimizer)
+    for _ in range(2):
+        assert step(optimizer) is True
+        step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+    assert versions(optimizer) == versions(other)
+    assert all(new > old for new, old in zip(versions(optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_momentum_is_a_groups_own(dtype):
+    optimizer, other = (
+        optimizer_of(lpsgd.LPSGDM, 2, dtype, momentum_dtype=torch.float32) for _ in range(2)
+    )
+    for one in (optimizer, other):
+        params = [Parameter(torch.ones(9, dtype=dtype))]
+        one.add_param_group({"params": params, "momentum_dtype": None})
+        set_grads(params)
+        one.state[params[0]]["momentum_buffer"] = torch.zeros(9, dtype=dtype)
+    assert step(optimizer) is True
+    step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("missing", [[0], [3, 4], [11], range(12), [0, 2, 4, 6, 8, 10]])
+def test_parameters_without_a_gradient_are_left_out(cls, missing):
+    optimizer, other = (optimizer_of(cls) for _ in range(2))
+    for one in (optimizer, other):
+        for i in missing:
+            params_of(one)[i].grad = None
+    assert step(optimizer) is True
+    step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+
+
+def test_the_order_of_the_states_does_not_matter():
+    optimizer, other = (optimizer_of(lpsgd.LPSGDM) for _ in range(2))
+    for i in (0, 5, 3):  # to the end
+        param = params_of(optimizer)[i]
+        optimizer.state[param] = optimizer.state.pop(param)
+    assert step(optimizer) is True
+    step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+
+
+def tensor_lr(optimizer):
+    optimizer.param_groups[1]["lr"] = torch.tensor(0.1)
+
+
+def numpy_p(optimizer):
+    optimizer.param_groups[1]["p"] = torch.ones(1).numpy()[0]
+
+
+def missing_eps(optimizer):
+    del optimizer.param_groups[1]["eps"]
+
+
+def huge_lr(optimizer):
+    optimizer.param_groups[1]["lr"] = 10**400
+
+
+def negative_lr(optimizer):
+    optimizer.param_groups[1]["lr"] = -0.1
+
+
+def another_value(name, value):
+    def change(optimizer):
+        optimizer.param_groups[1][name] = value
+
+    change.__name__ = f"{name}={value}"
+    return change
+
+
+def subclass(optimizer):
+    class Subclass(Parameter):
+        pass
+
+    param = Subclass(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer.param_groups[1]["params"][-1] = param
+
+
+def sparse_gradient(optimizer):
+    params_of(optimizer)[-2].grad = torch.ones(1000).to_sparse()
+
+
+def strided_parameter(optimizer):
+    param = params_of(optimizer)[-2]
+    param.data = torch.ones(2000)[::2]
+
+
+def shared_memory(optimizer):
+    params = params_of(optimizer)
+    params[6].data = params[0].data
+
+
+def params_in_a_tuple(optimizer):
+    optimizer.param_groups[1]["params"] = tuple(optimizer.param_groups[1]["params"])
+
+
+def no_params(optimizer):
+    del optimizer.param_groups[1]["params"]
+
+
+CHANGES = [
+    *(tensor_lr, numpy_p, missing_eps, huge_lr, negative_lr, subclass, sparse_gradient),
+    *(strided_parameter, shared_memory, params_in_a_tuple, no_params),
+    *(another_value(name, True) for name in ("capturable", "differentiable", "foreach")),
+    *(another_value(name, True) for name in ("stochastic_rounding", "maximize_")),
+    *(another_value(name, False) for name in ("fused", "foreach")),
+    *(another_value(name, None) for name in ("maximize", "lr", "differentiable")),
+]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_is_unusual_in_the_last_group_leaves_every_group(cls, change):
+    optimizer = optimizer_of(cls)
+    change(optimizer)
+    if change.__name__ == "maximize_=True":  # a key of somebody else's
+        assert step(optimizer) is True
+    elif change is no_params:
+        assert step(optimizer) is False
+    else:
+        assert_not_stepped(optimizer)
+
+
+def lost_state(state, param):
+    del state[param]
+
+
+def empty_state(state, param):
+    state[param] = {}
+
+
+def state_of_another_type(state, param):
+    state[param] = [state[param]["momentum_buffer"]]
+
+
+def buffer_of_another_size(state, param):
+    state[param] = {"momentum_buffer": torch.zeros(3, 4)}
+
+
+def buffer_of_no_tensor(state, param):
+    state[param] = {"momentum_buffer": 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lost_state, empty_state, state_of_another_type, buffer_of_another_size, buffer_of_no_tensor],
+)
+def test_a_state_that_is_unusual_leaves_every_group(change):
+    optimizer = optimizer_of(lpsgd.LPSGDM)
+    param = params_of(optimizer)[8]
+    change(optimizer.state, param)
+    before = [p.detach().clone() for p in params_of(optimizer)]
+    assert step(optimizer) is False
+    assert same_bits([p.detach() for p in params_of(optimizer)], before)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_observed_step_is_made_with_fused_alone(cls):
+    assert_not_stepped(optimizer_of(cls), observed=True)
+    assert step(optimizer_of(cls, fused=True), observed=True) is True
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_many_groups_are_one_step(cls):
+    optimizer, other = (optimizer_of(cls, count=300) for _ in range(2))
+    optimizer.step()  # of more kinds of tensors than one call takes
+    step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+
+
+@pytest.mark.parametrize("arguments", [((), None, False), ([], 3, False), ([], None)])
+def test_wrong_arguments_are_type_errors(arguments):
+    with pytest.raises(TypeError):
+        lpsgd_ext.step_param_groups(*arguments)
+
+
+@pytest.mark.parametrize("groups", [[3], [None, {}], [{"params": []}, []]])
+def test_wrong_groups_are_unusual(groups):
+    assert lpsgd_ext.step_param_groups(groups, None, False) is False
