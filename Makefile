@@ -4,6 +4,7 @@
 # make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
 # make experiments  runs the studies of benchmarks/paper, about five hours on two cores
 # make experiments-small  runs them all reduced, in minutes
+# make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers
 # make gpu     checks bits on a GPU and times step() there (docs/gpu.md)
@@ -14,7 +15,7 @@ TORCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small test test-frameworks lib bench gpu gpu-sanitize install clean
+.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench gpu gpu-sanitize install clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -42,6 +43,11 @@ experiments experiments-small: install
 	done
 	$(IN_VENV) -m benchmarks.paper.report $(RESULTS)/*.json
 	$(IN_VENV) -m benchmarks.paper.toy --output $(RESULTS)
+
+# Runs the notebooks and keeps their output.
+notebooks: install
+	TQDM_DISABLE=1 $(VENV)/bin/jupyter nbconvert --execute --inplace \
+	    --ExecutePreprocessor.record_timing=False benchmarks/notebooks/*.ipynb
 
 bench: install
 	$(IN_VENV) -m benchmarks.speed.step

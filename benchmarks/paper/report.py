@@ -26,7 +26,7 @@ from scipy import stats
 CAVEAT = (
     "The p-schedule is also a learning-rate decay: as p falls to 2, the update falls from about 1 "
     "to about |m|.\nWith a constant learning rate it thus has a decay that the others lack; with a "
-    "cosine one for all, its advantage goes."
+    "cosine one it has two."
 )
 
 # Colours that colour-blind readers can tell apart (Okabe & Ito).
@@ -165,7 +165,7 @@ def table(report: Report) -> str:
         ]
         for row in rows:
             edge = "*" if row.at_edge else ""
-            cells = [row.name, f"{row.lr:g}{edge}", spread(row.values, digits)]
+            cells = [row.name, f"{row.lr:.3g}{edge}", spread(row.values, digits)]
             if reference:
                 cells.append(
                     "" if row is reference else f"{welch(row.values, reference.values):.2g}"
