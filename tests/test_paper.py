@@ -3,6 +3,7 @@
 is killed ends with the same bits as one that is not."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
@@ -25,7 +27,7 @@ from benchmarks.paper import networks, report, sweep
 from benchmarks.paper.characters import Characters
 from benchmarks.paper.config import CONFIGS, Run, load
 from benchmarks.paper.methods import make_optimizer
-from benchmarks.paper.tasks import Source, make_task
+from benchmarks.paper.tasks import Source, Task, make_task
 from benchmarks.paper.training import Machine, Trainer, read_result
 from helpers import ROOT
 
@@ -360,6 +362,60 @@ def test_a_run_whose_loss_is_not_finite_ends_early_and_never_wins(study, tmp_pat
     (result,) = sweep.sweep(study, tmp_path, Machine(), 1)
     assert len(result.tuning[0].history) < 5
     assert result.final.lr == 1e-3
+
+
+class Bowl(Task):
+    """A loss with a known Hessian: half the sum of curvatures times the squares of parameters."""
+
+    curvatures = torch.tensor([-1.0, *[0.0] * 60, 2.0, 10.0])
+
+    def __init__(self):
+        pass
+
+    def make_model(self, generators):
+        return nn.Linear(len(self.curvatures), 1, bias=False)
+
+    def losses(self, model, inputs, targets):
+        return (self.curvatures * model.weight.square()).sum(1, True).expand(
+            1, len(inputs)
+        ) / 2, None
+
+    describe = batch = held_out = None
+
+
+def test_the_spectrum_has_the_eigenvalues_and_their_shares():
+    hessian = pytest.importorskip("benchmarks.paper.hessian")
+    torch.manual_seed(0)
+    task = Bowl()
+    moment = hessian.examine(task, task.make_model([]), 3, (torch.zeros(4, 1), torch.zeros(4)))
+    assert (moment.epoch, round(moment.smallest, 3), round(moment.largest, 3)) == (3, -1.0, 10.0)
+    grid, density = np.array(moment.grid), np.array(moment.density)
+    step = grid[1] - grid[0]
+    assert density.sum() * step == pytest.approx(1.0, rel=0.05)
+    assert density[abs(grid) < 0.5].sum() * step > 0.8
+
+
+@pytest.mark.parametrize("p", [2.0, 3.0, 6.0, 100.0, math.inf])
+def test_the_direction_is_the_steepest_of_the_ball(p):
+    toy = pytest.importorskip("benchmarks.paper.toy")
+    gradient = torch.tensor([-0.7, 0.02], dtype=torch.float64)
+    slopes = torch.tensor(toy.ball(p)) @ gradient
+    slope = toy.direction(gradient, p) @ gradient
+    assert slope <= slopes.min() + 1e-12
+    assert slope >= slopes.min() - 1e-3
+
+
+def test_any_network_is_compared_on_its_own_data():
+    compare = pytest.importorskip("benchmarks.paper.compare")
+    x = torch.randn(80, 2)
+    loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16)
+    methods = {"AdamW": ("AdamW", {}, False, 0.1)}
+    result = compare.compare(lambda: nn.Linear(2, 2), loader, loader, 5, methods, lr_trials=2)
+    assert [(row.name, row.lr_schedule) for row in result.rows] == [
+        ("AdamW", "constant"),
+        ("AdamW", "cosine"),
+    ]
+    assert all(min(row.values) > 80 for row in result.rows)
 
 
 def test_welch_finds_a_difference_only_where_there_is_one():

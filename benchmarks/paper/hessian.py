@@ -46,7 +46,7 @@ with warnings.catch_warnings():
 LANCZOS_VECTORS = 48
 POINTS = 128
 WIDTH, MARGIN = 3.0, 0.05  # of the bumps, and around them: Papyan's
-EXAMPLES = 512
+EXAMPLES = 256
 
 
 def flatness(gradient: Tensor) -> float:

@@ -143,8 +143,7 @@ class Trainer:
         return torch.autocast(self.device.type, getattr(torch, self.run.amp))
 
     def step(self, indices: Tensor) -> Tensor:
-        """One step on these examples (seeds, n); returns each seed's sum of the losses of this
-        process's share."""
+        """One step on these examples (seeds, n); returns each seed's sum of their losses."""
         part = indices.shape[1] // self.world
         share = slice(self.rank * part, (self.rank + 1) * part)
         inputs, targets = self.task.batch(indices, self.generators, self.device, share)
@@ -154,7 +153,13 @@ class Trainer:
         torch.autograd.backward(self.scaler.scale(losses.mean(dim=1).sum()))
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return losses.detach().sum(dim=1)
+        return self.over_processes(losses.detach().sum(dim=1))
+
+    def over_processes(self, x: Tensor) -> Tensor:
+        """The sum of all processes' tensors, in place."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
 
     @torch.no_grad()
     def flat_params(self) -> Tensor:
@@ -216,12 +221,9 @@ class Trainer:
         assert before is not None and progress.loss_sums is not None
         after = self.flat_params()
         update = (after - before).abs().mean().item()
-        sums = progress.loss_sums.clone()
-        if self.world > 1:
-            dist.all_reduce(sums)
         metrics: Metrics = {
             "epoch": progress.epoch + 1,
-            "loss": (sums / self.examples).tolist(),
+            "loss": (progress.loss_sums / self.examples).tolist(),
             "lr": float(group["lr"]),
             "p": p_of(self.optimizer),
             "pivot": float(group.get("pivot", 1.0)),
@@ -243,18 +245,15 @@ class Trainer:
         """Each seed's mean loss and accuracy on the data held out."""
         self.module.eval()
         sums = torch.zeros(2, len(self.run.seeds), device=self.device, dtype=torch.float64)
-        count = torch.zeros((), device=self.device)
+        count = torch.zeros(1, device=self.device)
         batches = self.task.held_out(self.device)
         for inputs, targets in islice(batches, self.rank, None, self.world):
             with self.autocast():
                 losses, correct = self.task.losses(self.module, inputs, targets)
             sums += torch.stack([losses.double().sum(dim=1), correct.double().sum(dim=1)])
             count += losses.shape[1]
-        if self.world > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(count)
         self.module.train()
-        loss, accuracy = (sums / count).tolist()
+        loss, accuracy = (self.over_processes(sums) / self.over_processes(count)).tolist()
         return {"held_out_loss": loss, "accuracy": accuracy}
 
     def train(self) -> list[Metrics]:
