@@ -53,7 +53,7 @@ class LoaderTask(Task):
         self.examples = len(self.data)  # type: ignore[arg-type]  # of a dataset with a length
 
     def describe(self) -> str:
-        return f"{self.examples} training examples"
+        return f"{self.examples} examples"
 
     def make_model(self, generators: Generators) -> nn.Module:
         return self.make_network()

@@ -80,7 +80,7 @@ class Digits(Task):
         self.examples = len(self.y)
 
     def describe(self) -> str:
-        return "scikit-learn's digits"
+        return "Handwritten digits"
 
     def make_model(self, generators: Generators) -> Stack:
         return Stack(generators)

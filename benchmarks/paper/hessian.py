@@ -183,7 +183,7 @@ def draw(report: Report, moments: Mapping[str, Sequence[Moment]]) -> Figure:
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.title.set_fontsize(10)
-    figure.suptitle(f"{report.title}: spectral density of the Hessian")
+    figure.suptitle(f"{report.heading}:\nspectral density of the Hessian")
     return figure
 
 

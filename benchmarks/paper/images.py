@@ -21,6 +21,8 @@ from benchmarks.paper.records import write_whole
 from benchmarks.paper.tasks import EVERYTHING, Batch, Generators, Source, Task, classify
 
 HELD_OUT_BATCH = 1000
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-1K"}
+SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
 def decode(files: list[Path], size: int, target: Path) -> None:
@@ -103,7 +105,10 @@ class Images(Task):
         validation: int = 5000,
     ) -> None:
         self.network, self.size, self.stored = network, size, stored or size
-        self.name = data if source.data is None else f"{data}, ImageFolder"
+        self.name = NAMES[data]
+        if source.data is not None:
+            suffix = next(source.data.glob("train/*/*")).suffix
+            self.name += f" ({SUFFIXES.get(suffix.lower(), suffix)})"
         self.x, self.y = read(data, True, self.stored, source)
         self.classes = int(self.y.max()) + 1
         pixels = self.x[:: max(1, len(self.x) // 10000)].float()
@@ -120,8 +125,10 @@ class Images(Task):
             self.x_held_out, self.y_held_out = self.x[chosen], self.y[chosen]
 
     def describe(self) -> str:
-        digest = hashlib.sha256(self.x_held_out.contiguous().numpy().data).hexdigest()[:16]
-        return f"{self.name}, {self.examples} training images, held-out images {digest}"
+        return f"{self.name}, {self.examples:,} images"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.x_held_out.contiguous().numpy().data).hexdigest()[:16]
 
     def make_model(self, generators: Generators) -> nn.Module:
         return NETWORKS[self.network](self.classes)

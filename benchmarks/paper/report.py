@@ -100,6 +100,12 @@ class Report:
         return {schedule: self.only(lr_schedule=schedule).rows for schedule in schedules}
 
     @property
+    def heading(self) -> str:
+        """What was trained on what, and for how long."""
+        epochs = max(len(row.history["loss"]) for row in self.rows)
+        return f"{self.data}; {self.title}; {epochs} epochs"
+
+    @property
     def label(self) -> str:
         """What the values are."""
         return "test accuracy (%)" if self.measure == "accuracy" else "test loss (nats)"
@@ -154,7 +160,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 def table(report: Report) -> str:
     """The final runs in Markdown, one table for each lr schedule."""
     digits = 1 if report.measure == "accuracy" else 3
-    lines = [f"{report.title}; {report.data}. Mean ± standard deviation of {report.seeds} seeds."]
+    lines = [f"{report.heading}. Mean ± standard deviation of {report.seeds} seeds."]
     for lr_schedule, rows in report.by_lr_schedule().items():
         reference = next((row for row in rows if row.name == report.reference), None)
         against = f" P against {reference.name} |" if reference else ""
@@ -260,7 +266,7 @@ def draw_overview(report: Report) -> Figure:
     draw_curves(p_panel, [row for row in with_p if row.name.startswith("LP")], "p", colors)
     p_panel.set(ylabel="p")
     figure.suptitle(
-        f"{report.title}:\nmean and range of {report.seeds} seeds, learning rates tuned on "
+        f"{report.heading}:\nmean and range of {report.seeds} seeds, learning rates tuned on "
         "validation data"
     )
     figure.supxlabel(CAVEAT, fontsize=9)
@@ -284,7 +290,7 @@ def draw_steps(report: Report) -> Figure:
     axes[0, 0].set_ylabel("mean |u|")
     axes[1, 0].set_ylabel("mean |Δθ| per step")
     axes[2, 0].invert_yaxis()
-    figure.suptitle(f"{report.title}:\nas p goes to 2, |u| falls from about 1 to about |m|")
+    figure.suptitle(f"{report.heading}:\nas p goes to 2, |u| falls from about 1 to about |m|")
     return figure
 
 
@@ -303,7 +309,7 @@ def draw_p_max(report: Report) -> Figure:
     for row in others:
         style, mean = style_of(row), fmean(row.values)
         axes.axhline(mean, color=colors[row.name], linestyle=style, label=row.name)
-    axes.set(xlabel="p_max of LPSGDM p_max→2", ylabel=report.label, title=report.title)
+    axes.set(xlabel="p_max of LPSGDM p_max→2", ylabel=report.label, title=report.heading)
     axes.legend(ncols=2, fontsize=9)
     axes.grid(alpha=0.3)
     return figure
@@ -343,7 +349,7 @@ def draw_pivot(report: Report) -> Figure:
     axes.invert_yaxis()
     typical = [row.per_epoch("m_median")[0] for row in fixed]
     figure.suptitle(
-        f"{report.title}:\nfixed p on lr grids; final runs of fixed p and of the schedule. "
+        f"{report.heading}:\nfixed p on lr grids; final runs of fixed p and of the schedule. "
         f"Median |m| after one epoch: {min(typical):.1g} to {max(typical):.1g}",
         fontsize=11,
     )

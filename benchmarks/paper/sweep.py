@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.config import Method, Run, Study, load
 from benchmarks.paper.records import dumps, rounded, write_whole
-from benchmarks.paper.tasks import make_task, task_class
+from benchmarks.paper.tasks import Task, make_task, task_class
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine, Metrics, Trainer, read_result
 
@@ -215,12 +215,13 @@ def sweep(study: Study, output: Path, machine: Machine, jobs: int) -> list[Resul
     ]
 
 
-def record(study: Study, results: Sequence[Result], data: str) -> dict[str, Any]:
+def record(study: Study, results: Sequence[Result], task: Task) -> dict[str, Any]:
     """What is kept of a study, fit for JSON: all settings, and figures with four digits."""
     return {
         "study": study.name,
         "title": study.title,
-        "data": data,
+        "data": task.describe(),
+        "fingerprint": task.fingerprint(),
         "measure": study.measure,
         "reference": study.reference,
         "figures": study.figures,
@@ -258,8 +259,8 @@ def columns(history: Sequence[Metrics]) -> dict[str, list[Any]]:
 def run_study(study: Study, output: Path, results: Path, machine: Machine, jobs: int) -> Path:
     """Carries out the study and writes its result; returns the file."""
     trained = sweep(study, output, machine, jobs)
-    data = make_task(study.methods[0].run.task, True, machine.source).describe()
-    text = dumps(record(study, trained, data), indent=1)
+    task = make_task(study.methods[0].run.task, True, machine.source)
+    text = dumps(record(study, trained, task), indent=1)
     results.mkdir(parents=True, exist_ok=True)
     file = results / f"{study.name}.json"
     write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))

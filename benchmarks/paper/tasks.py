@@ -41,7 +41,11 @@ class Task(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """Says which data these are, for the record."""
+        """Says which data these are, for titles."""
+
+    def fingerprint(self) -> str:
+        """Tells data of the same description apart, where they may differ between machines."""
+        return ""
 
     @abstractmethod
     def make_model(self, generators: Generators) -> nn.Module:

@@ -90,7 +90,7 @@ def main() -> None:
         if not distributed or dist.get_rank() == 0:
             last = history[-1]
             print(
-                f"{study.title}, {method.name}, seed {arguments.seed}, epoch {last['epoch']}: "
+                f"{method.name}, seed {arguments.seed}, epoch {last['epoch']}: "
                 f"loss {last['loss'][0]:.4f}, accuracy {100 * last['accuracy'][0]:.2f} %, "
                 f"{last['seconds']:.0f} s. Metrics are in {directory}."
             )
