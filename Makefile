@@ -6,16 +6,19 @@
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make lib     builds csrc as a static library with a pkg-config file
-# make bench   times step() against PyTorch's optimizers
+# make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
+# make bench-save, make bench-compare  time ours, and say later what has become slower
 # make gpu     checks bits on a GPU and times step() there (docs/gpu.md)
 # make gpu-sanitize  runs the checks under NVIDIA's compute-sanitizer
 
 PYTHON ?= python3
 TORCH ?=
+BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench gpu gpu-sanitize install clean
+.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
+    bench-compare gpu gpu-sanitize install clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -50,7 +53,14 @@ notebooks: install
 	    --ExecutePreprocessor.record_timing=False benchmarks/notebooks/*.ipynb
 
 bench: install
-	$(IN_VENV) -m benchmarks.speed.step
+	$(IN_VENV) -m benchmarks.speed $(BENCH)
+
+MICRO := benchmarks/speed/test_micro.py -p no:cacheprovider --benchmark-storage=build/bench \
+    --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+bench-save: install
+	$(IN_VENV) -m pytest $(MICRO) --benchmark-autosave
+bench-compare: install
+	$(IN_VENV) -m pytest $(MICRO) --benchmark-compare --benchmark-compare-fail=median:10%
 
 gpu gpu-sanitize: export LPSGD_CUDA = 1
 gpu: install
@@ -75,7 +85,7 @@ $(VENV)/.torch: pyproject.toml
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python
 	$(PYTHON) -m venv $(VENV)
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
-	    ".[demo,experiments,notebooks,test]"
+	    ".[bench,demo,experiments,notebooks,test]"
 	touch $@
 
 # The constraint keeps pip from replacing PyTorch. For an older one there may be no torchvision, and

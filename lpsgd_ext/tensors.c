@@ -339,7 +339,7 @@ typedef struct known_tensor {
 
 /* The checks that cost a call of a Python method are left out for an object that passed them in the
  * call before, by its address, and still has the same memory: a storage that shrinks moves. (One that
- * is resized twice may move back; PyTorch's own operations do not notice any resize.) A tensor of
+ * is resized twice may move back; PyTorch's own operations do not notice any resize.) A gradient of
  * one element is always asked for its negative bit, since autograd makes such gradients. Sets
  * *changed and *known if the tensor is another one. */
 static int check_memory(const torch_api *torch, const place *at, PyObject *tensor, int written,
@@ -350,7 +350,7 @@ static int check_memory(const torch_api *torch, const place *at, PyObject *tenso
     const known_tensor found = {tensor, numel ? read->data : NULL, (uintptr_t)(numel * itemsize)};
     const int same = known->tensor == found.tensor && known->data == found.data &&
                      known->bytes == found.bytes;
-    if (numel && (!same || numel == 1) && check_not_negated(torch, at, tensor))
+    if (numel && (!same || (numel == 1 && !written)) && check_not_negated(torch, at, tensor))
         return -1;
     int inference = 0;
     if (numel && !same) {

@@ -3,7 +3,9 @@
 
 import copy
 import math
+import os
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,21 @@ def tool(name: str) -> str:
     if path is None:
         pytest.skip(f"{name} is not installed")
     return path
+
+
+def run(command, cwd=ROOT, **environment) -> str:
+    """What a program prints in these variables of the environment besides; it must succeed."""
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
+    return result.stdout
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The package's builds: wheel, sdist, other compilers, no OpenMP."""
 
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 
 import pytest
 
-from helpers import ROOT, tool
+from helpers import ROOT, run, tool
 
 SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in"]
 QUERY = """
@@ -34,19 +32,6 @@ def source(tmp_path):
         else:
             shutil.copy(path, tmp_path / "source" / name)
     return tmp_path / "source"
-
-
-def run(command, cwd, **environment):
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
 
 
 def build_module(source, query=QUERY, **environment):

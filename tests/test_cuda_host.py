@@ -5,12 +5,11 @@ The tests of cuda_host run in one process of their own, whose libcuda.so.1 is th
 """
 
 import os
-import subprocess
 import sys
 
 import pytest
 
-from helpers import ROOT, tool
+from helpers import ROOT, run, tool
 
 NO_DRIVER = """
 import lpsgd, lpsgd_ext, torch
@@ -23,20 +22,6 @@ with open("/proc/self/maps") as maps:  # PyTorch's CUDA builds look for the driv
 refusals = {lpsgd_ext.cuda_refusal(0) for _ in range(2)}
 print(*refusals, sep="\\n")
 """
-
-
-def run(command, **environment):
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -40,15 +40,3 @@ def test_lpsgd_has_no_floor_on_either_quadratic(monkeypatch):
         final = {name: f(path[-1]).item() for name, path in toy.paths(f).items()}
         assert final["LPSGD"] < 1e-15 < final["sign descent"]
         assert all(torch.tensor(loss).isfinite() for loss in final.values())
-
-
-def test_benchmark_prints_a_row_for_each_list(tmp_path):
-    path = tmp_path / "step.json"
-    lists = ["64k", "1000 x 64"]
-    arguments = ["--threads", "1", "--lists", *lists, "--rounds", "1", "--json", path]
-    output = run("benchmarks.speed.step", *arguments)
-    records = json.loads(path.read_text())
-    assert [record["list"] for record in records] == lists
-    for name, record in zip(lists, records, strict=True):
-        assert f"\n| {name} | 1 |" in output
-        assert all(seconds[0] > 0 for seconds in record["seconds"].values())

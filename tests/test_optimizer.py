@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import lpsgd
-from helpers import CLASSES, bits
+from helpers import CLASSES, same_bits, set_grads
 
 HOW = [{"fused": True}, {"foreach": True}, {"foreach": False}, {}]
 
@@ -19,16 +19,6 @@ HOW = [{"fused": True}, {"foreach": True}, {"foreach": False}, {}]
 def parameters(count=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [Parameter(torch.randn(4, n + 1, generator=generator)) for n in range(count)]
-
-
-def set_grads(params, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator)
-
-
-def same(params, others):
-    return all(torch.equal(bits(a), bits(b)) for a, b in zip(params, others, strict=True))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -80,7 +70,7 @@ def test_groups_have_their_own_values(cls, how):
         optimizer.step()
         for one in each:
             one.step()
-    assert same(params, alone)
+    assert same_bits(params, alone)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -93,7 +83,7 @@ def test_group_values_are_read_at_every_step(cls, how):
     set_grads(others)
     changed.step()
     fixed.step()
-    assert same(params, others)
+    assert same_bits(params, others)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -163,7 +153,7 @@ def test_training_goes_on_from_a_checkpoint_with_the_same_bits(cls, how):
     resumed = cls(saved["params"], lr=99.0)
     resumed.load_state_dict(saved["optimizer"])
     run(saved["params"], resumed, range(3, 6))
-    assert same(saved["params"], whole)
+    assert same_bits(saved["params"], whole)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -180,7 +170,7 @@ def test_copies_step_on_their_own(cls, copied):
     for group, one in ((params, optimizer), (others, other)):
         set_grads(group, 2)
         one.step()
-    assert same(params, others) and params[0] is not others[0]
+    assert same_bits(params, others) and params[0] is not others[0]
 
 
 def test_sgd_checkpoint_loads_and_ours_loads_into_sgd():
@@ -239,7 +229,7 @@ def test_values_out_of_range_are_refused(cls, name, value, message):
         set_grads(params)
         with pytest.raises(ValueError, match=message):
             optimizer.step()
-        assert same(params, parameters())
+        assert same_bits(params, parameters())
 
 
 @pytest.mark.parametrize("cls", CLASSES)

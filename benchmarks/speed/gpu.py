@@ -46,28 +46,9 @@ Call = Callable[[], object]
 Stopwatch = Callable[[Call], tuple[float, float]]  # seconds of the host and of the device
 
 
-def transformer(layers: int, width: int) -> step.Shapes:
-    """The parameters of a transformer's blocks and of the normalisation after them."""
-    norm: step.Shapes = [(width,), (width,)]
-    sizes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    attention_in, attention_out, up, down = ([size, size[:1]] for size in sizes)
-    block = [*norm, *attention_in, *attention_out, *norm, *up, *down]
-    return [*block * layers, *norm]
-
-
 LISTS: dict[str, step.Shapes] = {
-    "ResNet-18": step.LISTS["ResNet-18"],
-    "ResNet-50": step.LISTS["ResNet-50"],
-    "ViT-B/16": [
-        *((1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,)),
-        *transformer(12, 768),
-        *((1000, 768), (1000,)),
-    ],
-    "GPT-2": [(50257, 768), (1024, 768), *transformer(12, 768)],
-    "1000 x 64": step.LISTS["1000 x 64"],
-    "64k": step.LISTS["64k"],
-    "1M": [(1 << 20,)],
-    "16M": [(1 << 24,)],
+    **{name: step.LISTS[name] for name in ("ResNet-18", "ResNet-50", "ViT-B/16", "GPT-2")},
+    **{name: step.LISTS[name] for name in ("1000 x 64", "64k", "1M", "16M")},
     "256M": [(1 << 28,)],
 }
 QUICK_LISTS = ("ResNet-50", "1000 x 64", "16M")

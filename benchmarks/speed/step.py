@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: MIT
-"""Times `step()` of LPSGDM against PyTorch's optimizers, as a user calls it.
+"""What is stepped and who steps: lists of parameters, and the contenders."""
 
-All contenders run in one process, in turn, round by round; the figure is the median over the
-rounds of the ratio of their times. Every contender steps parameters of its own, with gradients
-that are rewritten before each step, which also evicts the caches as a backward pass does.
-
-    python -m benchmarks.speed.step --threads 1 2
-"""
-
-import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from math import inf
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
-import lpsgd
 import lpsgd_ext
+from benchmarks.speed.bound import MemoryBound
+from lpsgd import LPSGD, LPSGDM, _eager
 
 Shapes = list[tuple[int, ...]]
+
+
+class Steps(Protocol):
+    """What is timed."""
+
+    def step(self) -> object: ...
+
+
+Make = Callable[[list[Parameter]], Steps]
+MakeOptimizer = Callable[[list[Parameter]], Optimizer]
 
 
 def resnet(blocks: tuple[int, ...], bottleneck: bool) -> Shapes:
@@ -47,77 +49,117 @@ def resnet(blocks: tuple[int, ...], bottleneck: bool) -> Shapes:
     return [*shapes, (1000, width_in), (1000,)]
 
 
+def transformer(layers: int, width: int) -> Shapes:
+    """The parameters of a transformer's blocks and of the normalisation after them."""
+    norm: Shapes = [(width,), (width,)]
+    sizes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    attention_in, attention_out, up, down = ([size, size[:1]] for size in sizes)
+    block = [*norm, *attention_in, *attention_out, *norm, *up, *down]
+    return [*block * layers, *norm]
+
+
 LISTS: dict[str, Shapes] = {
     "ResNet-18": resnet((2, 2, 2, 2), bottleneck=False),
     "ResNet-50": resnet((3, 4, 6, 3), bottleneck=True),
+    "ViT-B/16": [
+        *((1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,)),
+        *transformer(12, 768),
+        *((1000, 768), (1000,)),
+    ],
+    "GPT-2": [(50257, 768), (1024, 768), *transformer(12, 768)],
     "1000 x 64": [(64,)] * 1000,
-    "64k": [(65536,)],
-}
-
-CONTENDERS: dict[str, Callable[[list[Parameter]], Optimizer]] = {
-    "LPSGDM": lambda params: lpsgd.LPSGDM(params, lr=1e-3, p=4.0, weight_decay=1e-2, fused=True),
-    "SGD fused": lambda params: SGD(params, 1e-3, 0.9, weight_decay=1e-2, fused=True),
-    "SGD foreach": lambda params: SGD(params, 1e-3, 0.9, weight_decay=1e-2, foreach=True),
-    "AdamW fused": lambda params: AdamW(params, 1e-3, fused=True),
-    "eager LPSGDM": lambda params: lpsgd.LPSGDM(
-        params, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=True
-    ),
+    "62 x 1": [(1,)] * 62,
+    "4k": [(1 << 12,)],
+    "64k": [(1 << 16,)],
+    "1M": [(1 << 20,)],
+    "16M": [(1 << 24,)],
+    "64M": [(1 << 26,)],
 }
 
 
-def measure(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender's step, round by round."""
-    generator = torch.Generator().manual_seed(0)
-    optimizers = {}
-    for name, make in CONTENDERS.items():
-        params = [Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-        for param in params:
-            param.grad = torch.empty_like(param)
-        optimizers[name] = make(params)
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    fresh = [torch.randn(shape, generator=generator) * 1e-2 for shape in shapes]
-    for round_ in range(rounds + 2):
-        for name, optimizer in optimizers.items():
-            for param, grad in zip(optimizer.param_groups[0]["params"], fresh, strict=True):
-                param.grad = grad.clone()
-            start = time.perf_counter()
-            optimizer.step()
-            elapsed = time.perf_counter() - start
-            if round_ >= 2:
-                seconds[name].append(elapsed)
-    return seconds
+def shapes_of(name: str) -> Shapes:
+    """A list by its name, or so many tensors of so many elements: "1000 x 64"."""
+    if name in LISTS:
+        return LISTS[name]
+    count, size = map(int, name.split(" x "))
+    return [(size,)] * count
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--lists", nargs="+", choices=LISTS, default=list(LISTS))
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
-    args = parser.parse_args()
+def lion(params: list[Parameter]) -> Optimizer:
+    from lion_pytorch import Lion  # not there where gpu.py runs and nothing can be installed
 
-    peers = [name for name in CONTENDERS if name != "LPSGDM"]
-    print(f"torch {torch.__version__}, {lpsgd_ext.cpu_capability()}, LPSGDM's time / peer's time")
-    print(f"| list | threads | LPSGDM, µs | {' | '.join(peers)} |")
-    print("|---" * (3 + len(peers)) + "|")
-    records = []
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        for name in args.lists:
-            seconds = measure(LISTS[name], args.rounds)
-            own = seconds["LPSGDM"]
-            ratios = {
-                peer: statistics.median(a / b for a, b in zip(own, seconds[peer], strict=True))
-                for peer in peers
-            }
-            microseconds = statistics.median(own) * 1e6
-            figures = " | ".join(f"{ratios[peer]:.2f}" for peer in peers)
-            print(f"| {name} | {threads} | {microseconds:.0f} | {figures} |")
-            sys.stdout.flush()
-            records.append({"list": name, "threads": threads, "seconds": seconds, **ratios})
-    if args.json:
-        args.json.write_text(json.dumps(records))
+    optimizer: Optimizer = Lion(params, lr=1e-4, weight_decay=1e-2)
+    return optimizer
 
 
-if __name__ == "__main__":
-    main()
+class CompiledEager:
+    """The eager LPSGDM's operations as one graph of torch.compile. (`LPSGDM.step` itself calls the
+    C kernel when it is compiled.)"""
+
+    def __init__(self, params: list[Parameter]) -> None:
+        torch.compiler.reset()  # otherwise lists that were compiled before count against its limit
+        self.params = params
+        self.buffers = [torch.zeros_like(param) for param in params]
+        self.update = torch.compile(self._update, fullgraph=True, dynamic=False)
+
+    @staticmethod
+    def _update(params: list[Any], grads: list[Any], buffers: list[Tensor]) -> None:
+        torch._foreach_lerp_(buffers, grads, 0.1)
+        directions = _eager._directions(buffers, rho=2 / 3, eps=1e-8)  # p = 4
+        torch._foreach_mul_(params, 1 - 1e-3 * 1e-2)
+        torch._foreach_add_(params, directions, alpha=-1e-3)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.update(self.params, [param.grad for param in self.params], self.buffers)
+
+
+class NativeCall:
+    """The call of C that LPSGDM's step makes, without what Python does around it. A dry run checks
+    the tensors and writes nothing."""
+
+    def __init__(self, params: list[Parameter], dry_run: bool = False) -> None:
+        self.step = partial(
+            lpsgd_ext.lpsgdm_,
+            [param.detach() for param in params],
+            [param.grad for param in params if param.grad is not None],
+            [torch.zeros_like(param) for param in params],
+            lr=1e-3,
+            p=4.0,
+            weight_decay=1e-2,
+            dry_run=dry_run,
+        )
+
+
+CONTENDERS: dict[str, MakeOptimizer] = {
+    **{
+        f"LPSGDM p={p:g}": partial(LPSGDM, lr=1e-3, p=p, weight_decay=1e-2, fused=True)
+        for p in (2.0, 4.0, inf)
+    },
+    "SGD fused": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2, fused=True),
+    "SGD foreach": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2, foreach=True),
+    "SGD": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2),
+    "AdamW fused": partial(AdamW, lr=1e-3, fused=True),
+    "AdamW foreach": partial(AdamW, lr=1e-3, foreach=True),
+    "Lion": lion,
+    "eager LPSGDM": partial(LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=True),
+    "eager LPSGDM for-loop": partial(LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=False),
+}
+WITHOUT_MOMENTUM: dict[str, MakeOptimizer] = {
+    **{
+        f"LPSGD p={p:g}": partial(LPSGD, lr=1e-3, p=p, weight_decay=1e-2, fused=True)
+        for p in (2.0, 4.0, inf)
+    },
+    "plain SGD fused": partial(SGD, lr=1e-3, weight_decay=1e-2, fused=True),
+    "plain SGD foreach": partial(SGD, lr=1e-3, weight_decay=1e-2, foreach=True),
+    "plain SGD": partial(SGD, lr=1e-3, weight_decay=1e-2),
+    "eager LPSGD": partial(LPSGD, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=True),
+}
+OTHERS: dict[str, Make] = {
+    "eager LPSGDM compiled": CompiledEager,
+    "memory": MemoryBound,
+    "memory, no momentum": partial(MemoryBound, momentum=False),
+    "C call": NativeCall,
+    "C call, dry run": partial(NativeCall, dry_run=True),
+}
+ALL: dict[str, Make] = {**CONTENDERS, **WITHOUT_MOMENTUM, **OTHERS}

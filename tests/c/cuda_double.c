@@ -126,6 +126,7 @@ __attribute__((constructor)) static void start(void)
 
 void double_reset(int devices)
 {
+    mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER; /* a launch that crashed has kept it */
     memset(&state, 0, sizeof state);
     state.devices = devices;
     state.version = 13000;

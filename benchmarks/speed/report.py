@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: MIT
+"""The figures as tables and pictures."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.speed import targets
+from benchmarks.speed.footprint import Memory
+from benchmarks.speed.step import LISTS
+from benchmarks.speed.timing import DISTURBED, Record, Setting
+from benchmarks.speed.training import Times
+
+OURS = "LPSGDM p=4"
+PEERS = ("SGD fused", "SGD foreach", "SGD", "AdamW fused", "AdamW foreach", "Lion")
+EAGER = ("eager LPSGDM", "eager LPSGDM for-loop", "eager LPSGDM compiled")
+WITHOUT_MOMENTUM = ("plain SGD fused", "plain SGD foreach", "plain SGD", "eager LPSGD")
+SETTING = [field.name for field in fields(Setting)]
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that was measured."""
+
+    machine: dict[str, Any]
+    records: list[Record]
+    training: list[Times]
+    memory: list[Memory]
+    package: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "Results":
+        """What `asdict` made of one."""
+        return cls(
+            plain["machine"],
+            [Record(Setting(**one.pop("setting")), **one) for one in plain["records"]],
+            [Times(**one) for one in plain["training"]],
+            [Memory(**one) for one in plain["memory"]],
+            plain["package"],
+        )
+
+
+def describe(setting: Setting) -> list[str]:
+    return [str(value) for value in asdict(setting).values()]
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown, aligned for those who read it as it is."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = (map(str.ljust, line, widths) for line in lines)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    return f"{title}\n\n{text}\n" if len(lines) > 2 else ""
+
+
+def targets_table(records: Iterable[Record]) -> str:
+    """A row for each setting and optimizer, a column for each peer."""
+    outcomes = list(targets.outcomes(records))
+    peers = list(dict.fromkeys(one.peer for one in outcomes))
+
+    def cell(one: targets.Outcome) -> str:
+        ratio = f"{one.ratio.median:.2f} ± {one.ratio.margin:.2f}"
+        narrow = " ~" if one.is_narrow else ""
+        return (ratio if one.is_reached else f"**{ratio}**") + f"{narrow} / {one.at_most:.2f}"
+
+    rows = []
+    for (own, setting), group in groupby(outcomes, lambda one: (one.own, one.setting)):
+        same = list(group)
+        cells = {one.peer: cell(one) for one in same}
+        figures = [cells.get(peer, "") for peer in peers]
+        rows.append([own, *describe(setting), f"{same[0].microseconds:.0f}", *figures])
+    reached = sum(one.is_reached for one in outcomes)
+    narrow = sum(one.is_narrow for one in outcomes)
+    title = (
+        f"**Targets**: {reached} of {len(outcomes)} are reached; **bold** ones are missed. "
+        f"{narrow} (~) are closer than the uncertainty of the median (± half its 95 % interval)."
+    )
+    return table(title, ["", *SETTING, "µs", *peers], rows)
+
+
+def ratio_table(
+    title: str, records: Iterable[Record], peers: Sequence[str], own: str = OURS
+) -> str:
+    """Ratios of a contender's time to that of its peers, with their quartiles."""
+
+    def cell(record: Record, peer: str) -> str:
+        if peer not in record.seconds:
+            return ""
+        ratio = record.ratio(own, peer)
+        return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+    rows = [
+        [
+            *describe(record.setting),
+            f"{record.microseconds(own):.0f}",
+            *(cell(record, peer) for peer in peers),
+        ]
+        for record in records
+        if own in record.seconds
+    ]
+    used = [i for i in range(5 + len(peers)) if any(row[i] for row in rows)]
+    head = [*SETTING, f"{own}, µs", *peers]
+    return table(title, [head[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def bound_table(records: Iterable[Record]) -> str:
+    """The share of the speed that the fastest loop over the same memory reaches."""
+    rows = []
+    for record in records:
+        for own, accesses, bound in (
+            (OURS, 5, ("memory", "SGD fused")),
+            ("LPSGD p=4", 3, ("memory, no momentum", "plain SGD fused")),
+        ):
+            setting = record.setting
+            if setting.elements >= 10**6 and {own, *bound} <= record.seconds.keys():
+                size = setting.elements * accesses * getattr(torch, setting.dtype).itemsize
+                ratio = record.ratio(own, *bound)
+                quartiles = f"({100 / ratio.high:.0f} to {100 / ratio.low:.0f})"
+                speed = f"{size / record.microseconds(own) * 1e-3:.1f}"
+                row = [own, *describe(setting), speed, f"{100 / ratio.median:.0f} % {quartiles}"]
+                rows.append(row)
+    head = ["", *SETTING, "GB/s", "of the bound"]
+    return table("**The bound of memory**: the faster of a plain loop and SGD fused", head, rows)
+
+
+def parts_table(records: Iterable[Record]) -> str:
+    """What a step consists of, as differences of times of one round."""
+
+    def median(a: list[float], b: list[float]) -> str:
+        return f"{statistics.median(x - y for x, y in zip(a, b, strict=True)) * 1e6:.1f}"
+
+    rows = []
+    for record in records:
+        if "C call" in record.seconds:
+            step, call, checks = (
+                record.seconds[name] for name in (OURS, "C call", "C call, dry run")
+            )
+            zero = [0.0] * len(step)
+            figures = (median(step, zero), median(step, call), median(checks, zero))
+            rows.append([*describe(record.setting), *figures, median(call, checks)])
+    return table(
+        f"**step() of {OURS} in µs**, by part: `lpsgd_ext` called directly, with and without "
+        "dry_run, tells them apart.",
+        [*SETTING, "step()", "Python", "checks in C", "kernel"],
+        rows,
+    )
+
+
+def training_table(training: Iterable[Times]) -> str:
+    rows = [
+        [
+            one.task,
+            str(one.threads),
+            one.optimizer,
+            *(f"{value:.2f}" for value in one.milliseconds()),
+            f"{100 * one.share():.1f} %",
+        ]
+        for one in training
+    ]
+    head = ["network", "threads", "optimizer", "forward + backward, ms", "step(), ms", "its share"]
+    return table("**Whole training steps**", head, rows)
+
+
+def memory_table(memory: Iterable[Memory]) -> str:
+    rows = [
+        [
+            one.list,
+            one.optimizer,
+            f"{one.parameters / 2**20:.1f}",
+            f"{one.temporaries / 2**20:.1f}",
+            f"{one.temporaries / one.parameters:.2f}",
+        ]
+        for one in memory
+    ]
+    return table(
+        "**Peak memory of a step** above the level before it (the kernel's VmHWM)",
+        ["list", "optimizer", "parameters, MiB", "temporaries, MiB", "of the parameters"],
+        rows,
+    )
+
+
+def write(results: Results) -> str:
+    """All tables."""
+    plain = {one.setting: one for one in results.records if one.setting.list in LISTS}
+    wide = [one for one in plain.values() if one.setting.dtype == "float32"]
+    fresh = [one for one in wide if one.setting.caches == "fresh"]
+    others = [one for one in plain.values() if one.setting.dtype != "float32"]
+    huge = [one for one in results.records if one.setting.elements >= 10**9]
+    disturbed = "; ".join(
+        f"{', '.join(describe(one.setting))}: {one.others:.2f}"
+        for one in results.records
+        if one.others >= DISTURBED
+    )
+    sections = [
+        ", ".join(f"{name}: {value}" for name, value in results.machine.items()) + "\n",
+        targets_table(results.records),
+        ratio_table(f"**{OURS}'s time / peer's time**, median (quartiles)", fresh, PEERS),
+        ratio_table(f"**{OURS} / eager**: PyTorch's operations", fresh, EAGER),
+        ratio_table(f"**Other p**: {OURS} / another", fresh, ("LPSGDM p=2", "LPSGDM p=inf")),
+        ratio_table("**Without momentum**", fresh, WITHOUT_MOMENTUM, "LPSGD p=4"),
+        ratio_table("**Other dtypes**", others, (*PEERS, "eager LPSGDM")),
+        ratio_table("**Other caches**", [one for one in wide if one not in fresh], PEERS),
+        ratio_table("**Huge**", huge, PEERS),
+        bound_table(plain.values()),
+        parts_table(fresh),
+        training_table(results.training),
+        memory_table(results.memory),
+        *(f"**{name}**: {value}\n" for name, value in results.package.items()),
+        f"Other processes used more than {DISTURBED} CPUs during: {disturbed}.\n" * bool(disturbed),
+    ]
+    return "\n".join(filter(None, sections))
+
+
+STYLES = {
+    OURS: ("C3", "-"),
+    "LPSGDM p=2": ("C1", "-"),
+    "SGD fused": ("C0", "-"),
+    "SGD foreach": ("C0", "--"),
+    "SGD": ("C0", ":"),
+    "AdamW fused": ("C2", "-"),
+    "AdamW foreach": ("C2", "--"),
+    "Lion": ("C4", "-"),
+    "eager LPSGDM": ("C5", "--"),
+    "eager LPSGDM for-loop": ("C5", ":"),
+    "eager LPSGDM compiled": ("C5", "-"),
+    "memory": ("0.5", "-"),
+}
+
+
+def _select(records: Iterable[Record], **values: object) -> list[Record]:
+    """The records whose setting has these values."""
+    return [
+        one
+        for one in records
+        if all(getattr(one.setting, name) == value for name, value in values.items())
+    ]
+
+
+def _by_threads(records: Sequence[Record]) -> list[tuple[int, list[Record]]]:
+    """Those with the fewest threads, and those with the most if that is another number."""
+    numbers = {one.setting.threads for one in records}
+    return [(n, _select(records, threads=n)) for n in sorted({min(numbers), max(numbers)})]
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number > 1)}"
+
+
+def draw_bars(records: Sequence[Record]) -> Figure:
+    """Peers' times in each list, as multiples of LPSGDM's."""
+    panels = _by_threads(records)
+    names = [name for name in (*PEERS, *EAGER) if any(name in one.seconds for one in records)]
+    figure = Figure(figsize=(11, 3.6 * len(panels)), layout="constrained")
+    for axes, (threads, same) in zip(
+        figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
+    ):
+        for i, name in enumerate(names):
+            at = [j for j, record in enumerate(same) if name in record.seconds]
+            heights = [same[j].ratio(name, OURS).median for j in at]
+            color, style = STYLES[name]
+            hatch = {"-": None, "--": "///", ":": "..."}[style]
+            left = [j + (i - len(names) / 2) * 0.085 for j in at]
+            axes.bar(
+                left,
+                [height - 1 for height in heights],
+                width=0.085,
+                bottom=1,
+                align="edge",
+                label=name,
+                facecolor=color,
+                edgecolor="white",
+                linewidth=0,
+                hatch=hatch,
+            )
+        axes.axhline(1, color=STYLES[OURS][0])
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(same)), [record.setting.list for record in same])
+        axes.set_ylabel(f"time / that of {OURS}")
+        axes.set_title(_threads(threads), loc="left")
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+def _draw_lines(
+    axes: Axes,
+    records: Sequence[Record],
+    x: Callable[[Setting], int],
+    y: Callable[[Record, str], float],
+) -> None:
+    for name, (color, style) in STYLES.items():
+        having = sorted(
+            (one for one in records if name in one.seconds), key=lambda one: x(one.setting)
+        )
+        axes.plot(
+            [x(one.setting) for one in having],
+            [y(one, name) for one in having],
+            color=color,
+            linestyle=style,
+            label=name if having else None,
+            marker="." if having else None,
+        )
+    axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.3)
+
+
+def draw_sizes(records: Sequence[Record], caches: dict[str, int]) -> Figure:
+    """Time per element over the elements of one tensor, warm."""
+    panels = _by_threads(records)
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (threads, same) in zip(subplots, panels, strict=True):
+        _draw_lines(
+            axes,
+            same,
+            lambda setting: setting.elements,
+            lambda record, name: record.microseconds(name) * 1e3 / record.setting.elements,
+        )
+        top = axes.get_xaxis_transform()
+        for name, size in caches.items():
+            elements = size / 12  # of a parameter, its gradient and its momentum, each 4 bytes
+            axes.axvline(elements, color="0.7", linewidth=1, zorder=0)
+            axes.text(elements, 0.98, f"{name} ", transform=top, ha="right", va="top")
+        axes.set_xlabel(f"elements, {_threads(threads)}")
+    subplots[0].set_ylabel("ns per element")
+    subplots[-1].legend()
+    return figure
+
+
+def draw_tensors(records: Sequence[Record]) -> Figure:
+    """Time per tensor over the number of tensors, each of 64 elements."""
+    panels = _by_threads(records)
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    subplots = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (threads, same) in zip(subplots, panels, strict=True):
+        _draw_lines(
+            axes,
+            same,
+            lambda setting: setting.elements // 64,
+            lambda record, name: record.microseconds(name) / (record.setting.elements // 64),
+        )
+        axes.set_xlabel(f"tensors of 64 elements, {_threads(threads)}")
+    subplots[0].set_ylabel("µs per tensor")
+    subplots[-1].legend()
+    return figure
+
+
+def draw_threads(records: Sequence[Record]) -> Figure:
+    """Time over the number of threads."""
+    lists = list(dict.fromkeys(one.setting.list for one in records))
+    figure = Figure(figsize=(4 * len(lists), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(lists), squeeze=False)[0], lists, strict=True):
+        same = _select(records, list=name)
+        _draw_lines(
+            axes,
+            same,
+            lambda setting: setting.threads,
+            lambda record, name: record.microseconds(name) * 1e-3,
+        )
+        numbers = sorted({one.setting.threads for one in same})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(numbers, map(str, numbers))
+        axes.set_xlabel(f"threads, {name}")
+    figure.axes[0].set_ylabel("ms")
+    figure.axes[-1].legend()
+    return figure
+
+
+def draw(results: Results, directory: Path) -> None:
+    """Writes the pictures for which there are figures."""
+    float32 = _select(results.records, dtype="float32")
+    fresh = _select(float32, caches="fresh")
+    warm = _select(float32, caches="warm")
+    threads = [one for one in fresh if one.setting.list in ("64k", "ResNet-50", "64M")]
+    pictures: dict[str, tuple[Callable[[Sequence[Record]], Figure], list[Record]]] = {
+        "bars": (draw_bars, [one for one in fresh if one.setting.list in LISTS]),
+        "sizes": (
+            partial(draw_sizes, caches=results.machine["caches"]),
+            [one for one in warm if one.setting.list.startswith("1 x ")],
+        ),
+        "tensors": (draw_tensors, [one for one in fresh if one.setting.list.endswith(" x 64")]),
+        "threads": (draw_threads, threads),
+    }
+    for name, (function, records) in pictures.items():
+        if len(records) > 1:
+            function(records).savefig(directory / f"speed_{name}.png", dpi=80)
