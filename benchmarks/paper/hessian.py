@@ -35,8 +35,10 @@ from benchmarks.paper.tasks import Batch, Task, make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine
 
+JIT_WARNING = r"`torch\.jit\.\w+` is deprecated"  # of different categories
+
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # torch.jit.script, in what it imports
+    warnings.filterwarnings("ignore", JIT_WARNING)  # in what it imports
     from curvlinops import HessianLinearOperator
     from curvlinops.papyan2020traces.spectrum import (
         fast_lanczos,
@@ -115,7 +117,7 @@ def examine(task: Task, model: nn.Module, epoch: int, batch: Batch) -> Moment:
     params = list(model.parameters())
     # The fused attention has no second derivative. PyTorch's forward mode uses torch.jit.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", JIT_WARNING)
         gradient = torch.autograd.grad(objective(losses(inputs), targets), params)
         hessian = HessianLinearOperator(
             losses, objective, params, [(inputs, targets)], check_deterministic=False
