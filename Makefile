@@ -2,6 +2,9 @@
 # make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 # make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
 # make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
+# make experiments  runs the studies of benchmarks/paper, about five hours on two cores
+# make experiments-small  runs them all reduced, in minutes
+# make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
 # make bench-save, make bench-compare  time ours, and say later what has become slower
@@ -14,7 +17,8 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo test test-frameworks lib bench bench-save bench-compare gpu gpu-sanitize install clean
+.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
+    bench-compare gpu gpu-sanitize install clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -25,6 +29,28 @@ test: install
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks
+
+# The studies, in the order of their lengths; DATA is a directory with CIFAR-10 in ImageFolder layout,
+# or else torchvision downloads it. Started again, it goes on where it was.
+STUDIES := pivot-digits anisotropy-digits anisotropy-cifar10 pivot-cifar10 schedule \
+    pivot-characters characters cifar10-small
+experiments-small: SMALL := --small
+experiments-small: RESULTS := build/paper/small
+experiments: RESULTS := benchmarks/paper/results
+experiments experiments-small: install
+	set -e; for study in $(STUDIES); do \
+	    $(IN_VENV) -m benchmarks.paper.sweep $$study $(SMALL) $(if $(DATA),--data $(DATA)); \
+	done; \
+	for study in anisotropy-digits anisotropy-cifar10; do \
+	    $(IN_VENV) -m benchmarks.paper.hessian $$study $(SMALL) $(if $(DATA),--data $(DATA)); \
+	done
+	$(IN_VENV) -m benchmarks.paper.report $(RESULTS)/*.json
+	$(IN_VENV) -m benchmarks.paper.toy --output $(RESULTS)
+
+# Runs the notebooks and keeps their output.
+notebooks: install
+	TQDM_DISABLE=1 $(VENV)/bin/jupyter nbconvert --execute --inplace \
+	    --ExecutePreprocessor.record_timing=False benchmarks/notebooks/*.ipynb
 
 bench: install
 	$(IN_VENV) -m benchmarks.speed $(BENCH)
@@ -58,8 +84,8 @@ install: $(VENV)/.torch
 $(VENV)/.torch: pyproject.toml
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH),$(IN_VENV) -m pip install --quiet "torch==$(TORCH)")
-	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet ".[bench,demo,test]"
+	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
+	    ".[bench,demo,experiments,notebooks,test]"
 	touch $@
 
 # The constraint keeps pip from replacing PyTorch. For an older one there may be no torchvision, and

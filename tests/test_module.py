@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """lpsgd_ext as a module: versions, threads, processes, environment."""
 
+import ast
 import inspect
 import math
 import os
@@ -68,6 +69,13 @@ def test_capability_is_lowered_by_the_environment_and_says_what_it_ignores():
 
 def test_module_can_be_imported_before_torch():
     assert python("import lpsgd_ext, torch; print(lpsgd_ext.rho(4))")[0].startswith("0.666")
+
+
+def test_importing_lpsgd_imports_nothing_else_of_pytorch():
+    """torch._dynamo would take most of a second."""
+    code = "import torch, sys; old = set(sys.modules); import lpsgd; print(set(sys.modules) - old)"
+    modules = ast.literal_eval(python(code)[0])
+    assert {name.partition(".")[0] for name in modules} == {"lpsgd", "lpsgd_ext"}
 
 
 def test_build_info_and_version_agree():

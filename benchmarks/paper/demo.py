@@ -5,22 +5,15 @@ Writes quadratics.png, digits.png and digits.json into the output directory.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 import matplotlib
-from matplotlib.figure import Figure
-from PIL import Image
 
-from benchmarks.paper import digits, digits_report, quadratics
-
-
-def save(figure: Figure, file: Path) -> None:
-    """Writes a PNG that is 800 pixels wide, with a palette, which makes it a third as large."""
-    figure.savefig(file, dpi=100)
-    with Image.open(file) as image:
-        image.convert("RGB").quantize(256).save(file, optimize=True)
+from benchmarks.paper import report, toy
+from benchmarks.paper.config import find, load
+from benchmarks.paper.sweep import run_study
+from benchmarks.paper.training import Machine
 
 
 def main() -> None:
@@ -35,17 +28,16 @@ def main() -> None:
     matplotlib.use("Agg")
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    print(quadratics.table(), end="\n\n")
-    save(quadratics.draw(), arguments.output / "quadratics.png")
+    print(toy.table(), end="\n\n")
+    report.save(toy.draw(), arguments.output / "quadratics.png")
 
+    study = load(find("digits"), small=arguments.quick)
     # Starting processes takes longer than the quick study itself.
-    settings, jobs = (digits.QUICK, 1) if arguments.quick else (digits.Settings(), arguments.jobs)
-    study = digits.study(settings, jobs)
-    print(f"\n{digits_report.table(study, settings)}")
-    print(f"Training took {study.seconds:.0f} s in all with {jobs} process(es).")
-    save(digits_report.draw(study, settings), arguments.output / "digits.png")
-    with open(arguments.output / "digits.json", "w", encoding="utf-8") as file:
-        json.dump(digits_report.record(study, settings), file, indent=1, allow_nan=False)
+    jobs = 1 if arguments.quick else arguments.jobs
+    result = run_study(study, arguments.output, arguments.output, Machine(), jobs)
+    digits = report.read(result)
+    print(f"\n{report.table(digits)}\n\n{report.CAVEAT}")
+    report.draw(digits, arguments.output)
     print(f"Pictures and figures are in {arguments.output}.")
 
 

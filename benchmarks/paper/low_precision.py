@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.paper.demo import save
-from benchmarks.paper.digits import Settings, evaluate, forward, initial_parameters, split_digits
+from benchmarks.paper.digits import Digits
+from benchmarks.paper.report import save
+from benchmarks.paper.tasks import Source
 from lpsgd import LPSGDM
 
 WIDE = {"momentum_dtype": torch.float32}
@@ -34,24 +35,29 @@ METHODS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 def train(name: str, lr: float, epochs: int, seeds: int) -> list[float]:
     """The training loss before every epoch and after the last, the mean over the seeds."""
     dtype, values = METHODS[name]
-    x, y, _, _ = split_digits(Settings(), final=False)
+    task = Digits(False, Source())
     generators = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
-    params = initial_parameters(generators)
+    model = task.make_model(generators)
+    params = list(model.parameters())
     low = [param.detach().to(dtype).requires_grad_() for param in params]
     optimizer = LPSGDM(low, lr=lr, p=6.0, **values)
 
+    @torch.no_grad()
+    def widen() -> None:
+        for param, source in zip(params, low, strict=True):
+            param.copy_(source)
+
     def loss() -> float:
-        losses, _ = evaluate([param.detach().float() for param in low], x, y)
-        return sum(losses) / len(losses)
+        widen()
+        with torch.no_grad():
+            losses, _ = task.losses(model, task.x[None], task.y[None])
+        return losses.mean().item()
 
     history = [loss()]
     for _ in tqdm(range(epochs), desc=name, leave=False, mininterval=1):
-        orders = torch.stack([torch.randperm(len(y), generator=g) for g in generators])
-        for batch in torch.split(orders, 64, dim=1):
-            with torch.no_grad():
-                for param, source in zip(params, low, strict=True):
-                    param.copy_(source)
-            losses, _ = forward(params, x[batch], y[batch])
+        for batch in torch.split(task.order(generators), 64, dim=1):
+            widen()
+            losses, _ = task.losses(model, task.x[batch], task.y[batch])
             gradients: tuple[Tensor, ...] = torch.autograd.grad(losses.mean(dim=1).sum(), params)
             for source, gradient in zip(low, gradients, strict=True):
                 source.grad = gradient.to(dtype)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The schedules of p."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +19,9 @@ from torch.utils.hooks import RemovableHandle
 import lpsgd_ext
 
 from ._optimizer import changes_nothing
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Every optimizer's one hook, that of the schedule made last.
 _hooks: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -45,6 +49,20 @@ def _clock(optimizer: Optimizer) -> int | None:
 def _values(optimizer: Optimizer, name: str) -> list[Any]:
     values = [group[name] for group in optimizer.param_groups]
     return [value.clone() if isinstance(value, Tensor) else value for value in values]
+
+
+def _outside_of_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """As torch.compiler.disable, but torch._dynamo is imported by a compiled call alone: that takes
+    most of a second."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            disabled: Callable[_P, _R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 class _PScheduler(LRScheduler):
@@ -100,14 +118,14 @@ class _PScheduler(LRScheduler):
             self.optimizer._patch_step_function()
         _hooks[self.optimizer] = self.optimizer.register_step_post_hook(hook)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def _drive(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
         # A fused optimizer is told by GradScaler that it has to skip the step.
         if not getattr(optimizer, "found_inf", False) and not changes_nothing(optimizer):
             self._advance(optimizer)
 
     # torch.compile would compile anew for every value of the clock.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def _advance(self, optimizer: Optimizer, epoch: int | None = None) -> None:
         self._set_p(optimizer, (_clock(optimizer) or 0) + 1 if epoch is None else epoch)
         self._step_count += 1

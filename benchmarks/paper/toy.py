@@ -1,23 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""The two quadratics with which Xu & Yang (arXiv:2606.02078) motivate LPSGD.
+"""The two quadratics with which Xu & Yang (arXiv:2606.02078) motivate LPSGD: `python -m
+benchmarks.paper.toy`.
 
 Gradient descent, sign descent (LPSGD at p = ∞) and LPSGD with p on the schedule of equation 19 go
 from the same start for the same number of steps. The first two have the paper's learning rates.
+
+Writes quadratics.png, the paths; p-to-2.png and p-to-2.gif, what p does on the way.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+import lpsgd_ext
+from benchmarks.paper.report import save
 from lpsgd import LPSGD, CosineAnnealingP
 
 MINIMUM = (1.0, 4.0)
@@ -99,18 +109,23 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def draw_paths(axes: Axes, f: Quadratic) -> None:
-    """The three paths over the contour lines of f."""
+def draw_contours(axes: Axes, f: Quadratic) -> None:
+    """The contour lines of f with the start and the minimum."""
     a, b = np.meshgrid(np.linspace(-1.25, 2.0, 200), np.linspace(0.2, 4.6, 200))
     heights = f(torch.tensor(np.stack([a, b], axis=-1))).numpy()
     levels = np.geomspace(heights.max() / 3e4, heights.max(), 14)
     axes.contour(a, b, heights, levels=levels, colors="0.8", linewidths=0.7, zorder=0)
+    axes.plot(*START, "ks", markersize=5)
+    axes.plot(*MINIMUM, "k*", markersize=9)
+
+
+def draw_paths(axes: Axes, f: Quadratic) -> None:
+    """The three paths over the contour lines of f."""
+    draw_contours(axes, f)
     for name, path in paths(f).items():
         marker = "." if f.steps <= 100 else None
         axes.plot(*path.T.numpy(), color=COLORS[name], marker=marker, linewidth=1.5)
-    axes.plot(*START, "ks", markersize=5)
     axes.annotate("start", START, (6, -3), textcoords="offset points", va="top")
-    axes.plot(*MINIMUM, "k*", markersize=9)
     axes.annotate("minimum", MINIMUM, (8, 5), textcoords="offset points")
     title = f"{f.name} (curvatures {f.curvatures[0]:g}, {f.curvatures[1]:g})"
     axes.set(xlabel="parameter a", ylabel="parameter b")
@@ -137,3 +152,90 @@ def draw() -> Figure:
         draw_losses(axes[1, column], f)
     figure.suptitle("LPSGD descends like sign descent first and like gradient descent last")
     return figure
+
+
+def ball(p: float) -> NDArray[np.float64]:
+    """Points (n, 2) all around the unit ball of the lp norm."""
+    angles = np.linspace(0, 2 * np.pi, 401)
+    corner = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    points: NDArray[np.float64] = corner / np.linalg.norm(corner, ord=p, axis=1, keepdims=True)
+    return points
+
+
+def direction(gradient: Tensor, p: float) -> Tensor:
+    """The point of the unit ball of the lp norm where a linear function of this gradient is least
+    (equation 10): LPSGD's step, but for its length."""
+    point = torch.zeros_like(gradient, requires_grad=True)
+    point.grad = gradient
+    LPSGD([point], lr=1.0, p=p, eps=0.0).step()
+    step: Tensor = point.detach()
+    length: Tensor = torch.linalg.vector_norm(step, p)
+    return step / length
+
+
+def draw_ball(axes: Axes, gradient: Tensor, p: float) -> None:
+    """The unit ball, minus the gradient, and the point of the ball that is furthest along it."""
+    axes.plot(*ball(p).T, color=COLORS["LPSGD"], linewidth=1.5)
+    for vector, color in ((-gradient / gradient.norm(), "0.5"), (direction(gradient, p), "k")):
+        arrow = {"arrowstyle": "->", "color": color, "linewidth": 1.5}
+        x, y = vector.tolist()
+        axes.annotate("", (x, y), (0, 0), arrowprops=arrow)
+    axes.set(xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal", xticks=[], yticks=[])
+
+
+def draw_moment(above: Axes, below: Axes, f: Quadratic, path: Tensor, step: int) -> None:
+    """LPSGD's path until a step, and below it the ball whose steepest descent that step is."""
+    p = lpsgd_ext.cosine_p(step + 1, f.steps, f.p_max)
+    draw_contours(above, f)
+    above.plot(*path[: step + 1].T.numpy(), ".-", color=COLORS["LPSGD"], linewidth=1.5)
+    above.set(xticks=[], yticks=[])
+    above.set_title(f"step {step}, p = {p:.3g}", fontsize=10)
+    point = path[step].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(point), point)
+    draw_ball(below, gradient, p)
+
+
+def draw_moments(f: Quadratic) -> Figure:
+    """Five moments of LPSGD's descent."""
+    figure, axes = plt.subplots(2, 5, figsize=(8, 4.4), layout="constrained", height_ratios=(3, 2))
+    path = paths(f)["LPSGD"]
+    for column, step in enumerate(np.linspace(0, f.steps - 1, 5).astype(int)):
+        draw_moment(axes[0, column], axes[1, column], f, path, int(step))
+    figure.suptitle("Steepest descent as p → 2: sign descent first, gradient descent last")
+    figure.supxlabel("grey: minus the gradient; black: the step, up to its length", fontsize=9)
+    return figure
+
+
+def animate(f: Quadratic, file: Path) -> None:
+    """Writes the same as an animation, of every second step."""
+    figure, (above, below) = plt.subplots(1, 2, figsize=(4.8, 2.8), layout="constrained")
+    path = paths(f)["LPSGD"]
+
+    def frame(step: int) -> list[Axes]:
+        above.clear()
+        below.clear()
+        draw_moment(above, below, f, path, step)
+        return [above, below]
+
+    FuncAnimation(figure, frame, frames=range(0, f.steps, 2)).save(
+        file, PillowWriter(fps=4), dpi=80
+    )
+    plt.close(figure)
+
+
+def main() -> None:
+    """Writes all pictures."""
+    parser = argparse.ArgumentParser(description="Draw LPSGD's paths on two quadratics.")
+    parser.add_argument("--output", type=Path, default=Path("build/paper"), help="directory")
+    directory = parser.parse_args().output
+    matplotlib.use("Agg")
+    directory.mkdir(parents=True, exist_ok=True)
+    print(table())
+    save(draw(), directory / "quadratics.png")
+    _, weak = QUADRATICS
+    save(draw_moments(weak), directory / "p-to-2.png")
+    animate(weak, directory / "p-to-2.gif")
+
+
+if __name__ == "__main__":
+    main()

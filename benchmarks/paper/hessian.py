@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""Does the loss flatten while p falls? `python -m benchmarks.paper.hessian CONFIG`.
+
+Takes the parameters that the final runs of a study kept (`snapshots` in its configuration; run
+`sweep` first) and finds, for each method and epoch, on one batch of training data,
+
+- the spectral density of the Hessian, by Lanczos quadrature (Papyan 2020, in curvlinops), and its
+  smallest and largest eigenvalue;
+- how anisotropic the gradient is: the flatness ‖g‖₁² / (n ‖g‖₂²), which is 1 if all n coordinates
+  are equally large, 2/π if they are normally distributed, and 1/n if one has it all.
+
+Writes hessian/CONFIG.json and .png beside the study's result.
+"""
+
+import argparse
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from benchmarks.paper.config import Run, load
+from benchmarks.paper.records import dumps, rounded, write_whole
+from benchmarks.paper.report import Report, color_of, read, save
+from benchmarks.paper.sweep import results_directory, runs_of
+from benchmarks.paper.tasks import Batch, Task, make_task
+from benchmarks.paper.train import add_machine_arguments, machine_of
+from benchmarks.paper.training import Machine
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # torch.jit.script, in what it imports
+    from curvlinops import HessianLinearOperator
+    from curvlinops.papyan2020traces.spectrum import (
+        fast_lanczos,
+        lanczos_approximate_spectrum_from_iter,
+    )
+
+LANCZOS_VECTORS = 48
+POINTS = 128
+WIDTH, MARGIN = 3.0, 0.05  # of the bumps, and around them: Papyan's
+EXAMPLES = 256
+
+
+def flatness(gradient: Tensor) -> float:
+    """How equally a gradient is spread over its coordinates.
+
+    Example:
+        >>> flatness(torch.tensor([1.0, -1.0])), flatness(torch.tensor([0.0, 5.0]))
+        (1.0, 0.5)
+    """
+    ratio = gradient.abs().mean().square() / gradient.square().mean()
+    return ratio.item()
+
+
+class Losses(nn.Module):
+    """A task's losses of a model on fixed examples, in the form that curvlinops wants."""
+
+    def __init__(self, task: Task, model: nn.Module, targets: Tensor) -> None:
+        super().__init__()
+        self.task, self.model, self.targets = task, model, targets
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The losses (seeds, n)."""
+        losses, _ = self.task.losses(self.model, inputs, self.targets)
+        return losses
+
+
+class Objective(nn.Module):
+    """What training minimises."""
+
+    reduction = "mean"  # over the batches, of which there is one
+
+    def forward(self, losses: Tensor, _: Tensor) -> Tensor:
+        """The sum over seeds of their mean losses."""
+        return losses.mean(dim=1).sum()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A network at one epoch.
+
+    Attributes:
+        grid, density: eigenvalues from the smallest to the largest, and their spectral density.
+        smallest, largest: eigenvalue.
+        flatness: of the gradient.
+    """
+
+    epoch: int
+    grid: list[float]
+    density: list[float]
+    smallest: float
+    largest: float
+    flatness: float
+
+
+def examine(task: Task, model: nn.Module, epoch: int, batch: Batch) -> Moment:
+    """The Hessian and the gradient of the mean loss on a batch.
+
+    Batch normalisation takes its statistics from the batch, as it does in training. Networks of
+    several seeds are one, whose Hessian has a block for each.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    inputs, targets = batch
+    losses, objective = Losses(task, model, targets), Objective()
+    params = list(model.parameters())
+    # The fused attention has no second derivative. PyTorch's forward mode uses torch.jit.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        gradient = torch.autograd.grad(objective(losses(inputs), targets), params)
+        hessian = HessianLinearOperator(
+            losses, objective, params, [(inputs, targets)], check_deterministic=False
+        )
+        lanczos = fast_lanczos(hessian, LANCZOS_VECTORS)
+        # Its outermost values are the first to agree with eigenvalues.
+        smallest, largest = lanczos[0].min().item(), lanczos[0].max().item()
+        grid, density = lanczos_approximate_spectrum_from_iter(
+            lanczos, (smallest, largest), POINTS, WIDTH, MARGIN
+        )
+    return Moment(
+        epoch,
+        grid.tolist(),
+        density.tolist(),
+        smallest,
+        largest,
+        flatness(torch.cat([part.flatten() for part in gradient])),
+    )
+
+
+def examine_run(run: Run, directory: Path, machine: Machine) -> list[Moment]:
+    """The moments that a run has kept, on the first training examples of an epoch."""
+    task = make_task(run.task, run.final, machine.source)
+    device = torch.device(machine.device)
+    generators = [torch.Generator().manual_seed(seed) for seed in run.seeds]
+    batch = task.batch(task.order(generators)[:, :EXAMPLES], generators, device)
+    moments = []
+    for epoch in tqdm(run.snapshots, f"{run.optimizer}, seed {run.seeds[0]}", mininterval=1.0):
+        state = torch.load(directory / f"model-{epoch}.pt", map_location=device)
+        model = task.make_model(generators).to(device)
+        model.load_state_dict(state)
+        torch.manual_seed(0)  # of the Lanczos vectors
+        moments.append(examine(task, model, epoch, batch))
+    return moments
+
+
+def draw(report: Report, moments: Mapping[str, Sequence[Moment]]) -> Figure:
+    """Densities at the epochs, one row for each method; below what changes over the epochs."""
+    figure = plt.figure(figsize=(8, 3 + 1.5 * len(moments)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.5 * len(moments), 3))  # type: ignore[misc]
+    epochs = [moment.epoch for moment in next(iter(moments.values()))]
+    panels = above.subplots(len(moments), len(epochs), squeeze=False, sharey=True)
+    colors = color_of(report.rows)
+    for line, (name, at) in zip(panels, moments.items(), strict=True):
+        for axes, moment in zip(line, at, strict=True):
+            density = np.maximum(moment.density, 1e-6)
+            axes.fill_between(moment.grid, density, 1e-6, color=colors[name], alpha=0.7)
+            axes.set(yscale="log", ylim=(1e-5, None))
+            axes.tick_params(labelsize=7)
+        line[0].set_ylabel(name, color=colors[name], fontweight="bold", fontsize=9)
+    for axes, epoch in zip(panels[0], epochs, strict=True):
+        axes.set_title(f"epoch {epoch}", fontsize=10)
+    above.supxlabel("eigenvalue of the Hessian", fontsize=9)
+    left, middle, right = below.subplots(1, 3)
+    for name, at in moments.items():
+        style = {"color": colors[name], "label": name, "linewidth": 1.8}
+        left.plot(epochs, [moment.largest for moment in at], ".-", **style)
+        middle.plot(epochs, [moment.flatness for moment in at], ".-", **style)
+        (row,) = report.only([name]).rows
+        if name.startswith("LP") and np.isfinite(row.per_epoch("p")).all():
+            right.plot(np.arange(1, len(row.per_epoch("p")) + 1), row.per_epoch("p"), **style)
+    left.set(yscale="log", xlabel="epoch", title="largest eigenvalue")
+    middle.set(yscale="log", xlabel="epoch", title="flatness of the gradient")
+    right.set(xlabel="epoch", title="p")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        axes.title.set_fontsize(10)
+    figure.suptitle(f"{report.heading}:\nspectral density of the Hessian")
+    return figure
+
+
+def main() -> None:
+    """Examines the command line's study."""
+    parser = argparse.ArgumentParser(description="Hessian and gradient over training.")
+    add_machine_arguments(parser)
+    parser.add_argument("--small", action="store_true", help="the reduced version of the study")
+    parser.add_argument("--results", type=Path, help="directory of the study's result")
+    arguments = parser.parse_args()
+    matplotlib.use("Agg")
+    study = load(arguments.config, arguments.small)
+    results = results_directory(arguments)
+    machine = machine_of(arguments)
+    report = read(results / f"{study.name}.json")
+    moments = {}
+    for method, row in zip(study.methods, report.rows, strict=True):
+        run = runs_of(method, row.lr, study.seeds, final=True)[0]
+        moments[row.name] = examine_run(run, arguments.output / "runs" / run.key, machine)
+    record = {name: [rounded(asdict(moment)) for moment in at] for name, at in moments.items()}
+    file = results / "hessian" / f"{study.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, lambda part: part.write_text(dumps(record), encoding="utf-8"))
+    save(draw(report, moments), file.with_suffix(".png"))
+    print("| method | epoch | smallest | largest eigenvalue | flatness of the gradient |")
+    print("|---|---|---|---|---|")
+    for name, at in moments.items():
+        for m in at:
+            values = f"{m.smallest:.3g} | {m.largest:.3g} | {m.flatness:.3g}"
+            print(f"| {name} | {m.epoch} | {values} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: MIT
+"""Tables and pictures of studies: `python -m benchmarks.paper.report RESULT.json ...`.
+
+Prints a Markdown table for each study and writes its pictures, of which the study's configuration
+says what they are (see FIGURES).
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import stats
+
+CAVEAT = (
+    "The p-schedule is also a learning-rate decay: as p falls to 2, the update falls from about 1 "
+    "to about |m|.\nWith a constant learning rate it thus has a decay that the others lack; with a "
+    "cosine one it has two."
+)
+
+# Colours that colour-blind readers can tell apart (Okabe & Ito).
+COLORS = {
+    "SGD": "#E69F00",
+    "SGDM": "#D55E00",
+    "AdamW": "#0072B2",
+    "LPSGD 6→2": "#56B4E9",
+    "LPSGDM 6→2": "#009E73",
+    "LPSGDM p=6": "#CC79A7",
+    "LPSGDM p=∞": "#000000",
+    "Lion": "#999933",
+}
+MORE_COLORS = ("#882255", "#44AA99", "#AA4499", "#117733")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's results.
+
+    Attributes:
+        values: what the study measures after the last epoch, for each seed: accuracy in %, or loss
+            in nats.
+    """
+
+    name: str
+    lr_schedule: str
+    lr: float
+    at_edge: bool
+    values: list[float]
+    history: dict[str, Any]
+    settings: dict[str, Any]
+    validation: list[tuple[float, float]]
+
+    def per_epoch(self, metric: str) -> NDArray[np.float64]:
+        """A metric (epochs) or (epochs, seeds); NaN where it was not measured."""
+        column = self.history[metric]
+        width = max((len(x) for x in column if isinstance(x, list)), default=0)
+        absent = [np.nan] * width if width else np.nan
+        return np.array([absent if x is None else x for x in column], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A study's result file."""
+
+    name: str
+    title: str
+    data: str
+    measure: str
+    reference: str | None
+    seeds: int
+    figures: Mapping[str, Mapping[str, Any]]
+    rows: list[Row]
+
+    def only(
+        self, methods: Sequence[str] | None = None, lr_schedule: str | None = None
+    ) -> "Report":
+        """The report with these rows alone, in the order of the study."""
+        rows = [
+            row
+            for row in self.rows
+            if methods is None or row.name in methods
+            if lr_schedule is None or row.lr_schedule == lr_schedule
+        ]
+        return replace(self, rows=rows)
+
+    def by_lr_schedule(self) -> dict[str, list[Row]]:
+        """The rows under each lr schedule."""
+        schedules = dict.fromkeys(row.lr_schedule for row in self.rows)
+        return {schedule: self.only(lr_schedule=schedule).rows for schedule in schedules}
+
+    @property
+    def heading(self) -> str:
+        """What was trained on what, and for how long."""
+        epochs = max(len(row.history["loss"]) for row in self.rows)
+        return f"{self.data}; {self.title}; {epochs} epochs"
+
+    @property
+    def label(self) -> str:
+        """What the values are."""
+        return "test accuracy (%)" if self.measure == "accuracy" else "test loss (nats)"
+
+
+def read(file: Path) -> Report:
+    """The result that `sweep` wrote."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    measure = record["measure"]
+    scale = 100.0 if measure == "accuracy" else 1.0
+    rows = [
+        Row(
+            result["method"],
+            result["run"]["lr_schedule"],
+            result["run"]["lr"],
+            result["lr_at_grid_edge"],
+            [scale * float(value) for value in result[f"test_{measure}"]],
+            result["history"],
+            result["run"]["settings"],
+            [(one["lr"], scale * fmean(map(float, one[measure]))) for one in result["validation"]],
+        )
+        for result in record["results"]
+    ]
+    return Report(
+        record["study"],
+        record["title"],
+        record["data"],
+        measure,
+        record["reference"],
+        len(record["seeds"]),
+        record["figures"],
+        rows,
+    )
+
+
+def welch(values: Sequence[float], others: Sequence[float]) -> float:
+    """The probability, if their means were equal, of a difference like that between two samples
+    (Welch's t-test, two-sided); NaN if one has a single value."""
+    if min(len(values), len(others)) < 2:
+        return float("nan")
+    if len({*values, *others}) == 1:
+        return 1.0
+    return float(stats.ttest_ind(values, others, equal_var=False).pvalue)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return f"{fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def table(report: Report) -> str:
+    """The final runs in Markdown, one table for each lr schedule."""
+    digits = 1 if report.measure == "accuracy" else 3
+    lines = [f"{report.heading}. Mean ± standard deviation of {report.seeds} seeds."]
+    for lr_schedule, rows in report.by_lr_schedule().items():
+        reference = next((row for row in rows if row.name == report.reference), None)
+        against = f" P against {reference.name} |" if reference else ""
+        lines += [
+            "",
+            f"| {lr_schedule} lr | lr | {report.label} |{against} training loss | seconds |",
+            "|---|---|---|" + ("---|" if reference else "") + "---|---|",
+        ]
+        for row in rows:
+            edge = "*" if row.at_edge else ""
+            cells = [row.name, f"{row.lr:.3g}{edge}", spread(row.values, digits)]
+            if reference:
+                cells.append(
+                    "" if row is reference else f"{welch(row.values, reference.values):.2g}"
+                )
+            cells.append(f"{np.nanmean(row.per_epoch('loss')[-1]):.3g}")
+            cells.append(f"{row.per_epoch('seconds')[-1]:.3g}")
+            lines.append("| " + " | ".join(cells) + " |")
+    if any(row.at_edge for row in report.rows):
+        lines += ["", "\\* at the edge of its grid, so perhaps not the best."]
+    return "\n".join(lines)
+
+
+def color_of(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for each method."""
+    names = dict.fromkeys(row.name for row in rows)
+    free = cycle([*(COLORS[name] for name in COLORS if name not in names), *MORE_COLORS])
+    return {name: COLORS[name] if name in COLORS else next(free) for name in names}
+
+
+def style_of(row: Row) -> str:
+    """Dotted for a fixed p."""
+    return ":" if " p=" in row.name else "-"
+
+
+def draw_curves(axes: Axes, rows: Sequence[Row], metric: str, colors: Mapping[str, str]) -> None:
+    """A metric over epochs: the mean over seeds and, in a band, all of them.
+
+    Methods of fixed p are drawn without bands, which would hide the others.
+    """
+    for row in rows:
+        values = row.per_epoch(metric)
+        values = values if values.ndim == 2 else values[:, None]
+        epochs = np.arange(1, len(values) + 1)
+        measured = ~np.isnan(values).all(axis=1)
+        epochs, values = epochs[measured], values[measured]
+        style, color = style_of(row), colors[row.name]
+        axes.plot(epochs, values.mean(axis=1), style, color=color, linewidth=1.8, label=row.name)
+        if style == "-":
+            low, high = values.min(axis=1), values.max(axis=1)
+            axes.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
+    axes.set(xlabel="epoch")
+    axes.grid(alpha=0.3)
+
+
+def draw_values(axes: Axes, rows: Sequence[Row], report: Report, colors: Mapping[str, str]) -> None:
+    """What is measured, per method: every seed as a dot, the mean as a bar, figures beside them."""
+    for place, row in enumerate(rows):
+        jitter = np.linspace(-0.25, 0.25, len(row.values)) if len(row.values) > 1 else [0.0]
+        color = colors[row.name]
+        axes.plot(row.values, place + np.array(jitter), ".", color=color, alpha=0.5, markersize=5)
+        axes.plot([fmean(row.values)] * 2, [place - 0.4, place + 0.4], color=color, linewidth=3)
+        digits = 1 if report.measure == "accuracy" else 3
+        axes.annotate(
+            spread(row.values, digits),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+        )
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    for label, row in zip(axes.get_yticklabels(), rows, strict=False):  # shared axes have none
+        label.set(color=colors[row.name], fontweight="bold")
+    axes.set(xlabel=report.label)
+    axes.grid(alpha=0.3)
+
+
+def draw_overview(report: Report) -> Figure:
+    """Losses, final values, and what the schedules do to the steps: one column per lr schedule.
+
+    The method names beside the values are the legend of all panels.
+    """
+    colors = color_of(report.rows)
+    columns = report.by_lr_schedule()
+    figure = plt.figure(figsize=(8, 9), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=(4, 3.2, 2.8))
+    count = len(columns)
+    loss_panels = parts[0].subplots(1, count, sharey=True, squeeze=False)[0]
+    value_panels = parts[1].subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
+    *step_panels, p_panel = parts[2].subplots(1, count + 1)
+    for i, (schedule, column) in enumerate(columns.items()):
+        draw_curves(loss_panels[i], column, "loss", colors)
+        loss_panels[i].set(yscale="log", title=f"{schedule} learning rate")
+        draw_values(value_panels[i], column, report, colors)
+        if i:
+            step_panels[i].sharey(step_panels[0])
+        draw_curves(step_panels[i], column, "update", colors)
+        step_panels[i].set(yscale="log")
+        step_panels[i].set_title(f"{schedule} lr", fontsize=10)
+    value_panels[0].invert_yaxis()
+    loss_panels[0].set_ylabel("training loss (nats)")
+    step_panels[0].set_ylabel("mean |Δθ| per step")
+    with_p = [row for row in next(iter(columns.values())) if np.isfinite(row.per_epoch("p")).all()]
+    draw_curves(p_panel, [row for row in with_p if row.name.startswith("LP")], "p", colors)
+    p_panel.set(ylabel="p")
+    figure.suptitle(
+        f"{report.heading}:\nmean and range of {report.seeds} seeds, learning rates tuned on "
+        "validation data"
+    )
+    figure.supxlabel(CAVEAT, fontsize=9)
+    return figure
+
+
+def draw_steps(report: Report) -> Figure:
+    """What a schedule of lr and one of p do to the steps, and what comes of it: one column per lr
+    schedule."""
+    colors = color_of(report.rows)
+    columns = report.by_lr_schedule()
+    figure, axes = plt.subplots(
+        3, len(columns), figsize=(8, 8), layout="constrained", squeeze=False, sharey="row"
+    )
+    for (above, middle, below), (schedule, column) in zip(axes.T, columns.items(), strict=True):
+        draw_curves(above, column, "u", colors)
+        draw_curves(middle, column, "update", colors)
+        draw_values(below, column, report, colors)
+        above.set(yscale="log", title=f"{schedule} learning rate", xlabel="")
+        middle.set(yscale="log")
+    axes[0, 0].set_ylabel("mean |u|")
+    axes[1, 0].set_ylabel("mean |Δθ| per step")
+    axes[2, 0].invert_yaxis()
+    figure.suptitle(f"{report.heading}:\nas p goes to 2, |u| falls from about 1 to about |m|")
+    return figure
+
+
+def draw_p_max(report: Report) -> Figure:
+    """The final values over the p that the schedule starts at."""
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    annealed = [row for row in report.rows if row.name.endswith("→2")]
+    annealed.sort(key=lambda row: float(row.settings["p"]))
+    x = np.arange(len(annealed))
+    for place, row in zip(x, annealed, strict=True):
+        axes.plot([place] * len(row.values), row.values, ".", color=COLORS["LPSGDM 6→2"], alpha=0.6)
+    axes.plot(x, [fmean(row.values) for row in annealed], color=COLORS["LPSGDM 6→2"], linewidth=2)
+    axes.set_xticks(x, [f"{float(row.settings['p']):g}" for row in annealed])
+    others = [row for row in report.rows if row not in annealed]
+    colors = color_of(others)
+    for row in others:
+        style, mean = style_of(row), fmean(row.values)
+        axes.axhline(mean, color=colors[row.name], linestyle=style, label=row.name)
+    axes.set(xlabel="p_max of LPSGDM p_max→2", ylabel=report.label, title=report.heading)
+    axes.legend(ncols=2, fontsize=9)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def best_pivot(rows: Sequence[Row], lower_is_better: bool) -> float:
+    """The pivot with which the best lr of every fixed p are as equal as can be.
+
+    A step at p with lr and pivot is the step with pivot 1 and lr · pivot^(-1 / (p - 1)). So if lr*
+    is the best one at pivot 1, log lr* is a line over 1 / (p - 1), of slope -log pivot.
+    """
+    sign = -1.0 if lower_is_better else 1.0
+    best = [max(row.validation, key=lambda one: sign * np.nan_to_num(one[1]))[0] for row in rows]
+    slope, _ = np.polyfit([1 / (float(r.settings["p"]) - 1) for r in rows], np.log(best), 1)
+    return float(np.exp(-slope))
+
+
+def draw_pivot(report: Report) -> Figure:
+    """Whether one lr serves every fixed p, at pivot 1 and at the best one; the schedule beside."""
+    rows = report.rows
+    fixed = [row for row in rows if " p=" in row.name]
+    lower_is_better = report.measure == "loss"
+    pivot = best_pivot(fixed, lower_is_better)
+    colors = color_of(rows)
+    figure = plt.figure(figsize=(8, 6.5), layout="constrained")
+    above, below = figure.subfigures(2, 1)  # type: ignore[misc]
+    panels = above.subplots(1, 2, sharey=True)
+    for axes, kappa in zip(panels, (1.0, pivot), strict=True):
+        for row in fixed:
+            lrs, values = np.array(row.validation).T
+            exponent = 1 / (float(row.settings["p"]) - 1)
+            axes.plot(lrs * kappa**exponent, values, ".-", color=colors[row.name])
+        axes.set(xscale="log", xlabel="lr", title=f"pivot {kappa:.2g}")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(report.label.replace("test", "validation"))
+    draw_values(axes := below.subplots(), rows, report, colors)
+    axes.invert_yaxis()
+    typical = [row.per_epoch("m_median")[0] for row in fixed]
+    figure.suptitle(
+        f"{report.heading}:\nfixed p on lr grids; final runs of fixed p and of the schedule. "
+        f"Median |m| after one epoch: {min(typical):.1g} to {max(typical):.1g}",
+        fontsize=11,
+    )
+    return figure
+
+
+FIGURES: dict[str, Callable[[Report], Figure]] = {
+    "overview": draw_overview,
+    "steps": draw_steps,
+    "p_max": draw_p_max,
+    "pivot": draw_pivot,
+}
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a PNG of 100 dots per inch with a palette, which makes it a third as large."""
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+    with Image.open(file) as image:
+        image.convert("RGB").quantize(256).save(file, optimize=True)
+
+
+def draw(report: Report, directory: Path) -> list[Path]:
+    """Writes the study's pictures."""
+    files = []
+    for name, figure in report.figures.items():
+        files.append(directory / f"{name}.png")
+        shown = report.only(figure.get("methods"), figure.get("lr_schedule"))
+        save(FIGURES[figure["kind"]](shown), files[-1])
+    return files
+
+
+def main() -> None:
+    """Reports the command line's results."""
+    parser = argparse.ArgumentParser(description="Make tables and pictures of studies.")
+    parser.add_argument("results", type=Path, nargs="+", help="files that sweep wrote")
+    parser.add_argument("--output", type=Path, help="directory; that of the first result")
+    arguments = parser.parse_args()
+    matplotlib.use("Agg")
+    directory = arguments.output or arguments.results[0].parent
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in arguments.results:
+        report = read(file)
+        print(f"{table(report)}\n")
+        for picture in draw(report, directory):
+            print(f"![{report.title}]({picture})\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""What is trained: a network with its data. The loop of `training` knows no more than `Task`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Batch = tuple[Tensor, Tensor]
+Generators = Sequence[torch.Generator]
+EVERYTHING = slice(None)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data lie on this machine: `data` is the directory that the user named, if any; `cache`
+    is for what is downloaded or decoded."""
+
+    data: Path | None = None
+    cache: Path = Path("build/paper/data")
+
+
+class Task(ABC):
+    """A network with training data, of which an epoch has `examples`, and data held out.
+
+    Networks of several seeds may be trained side by side. Then indices, losses and so on have one
+    row for each; a task that can't do that has `stackable = False` and gets one generator.
+    """
+
+    stackable = False
+    examples: int
+
+    @abstractmethod
+    def __init__(self, final: bool, source: Source, **settings: Any) -> None:
+        """Reads the data; what is held out are the test data if `final`, else validation data."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Says which data these are, for titles."""
+
+    def fingerprint(self) -> str:
+        """Tells data of the same description apart, where they may differ between machines."""
+        return ""
+
+    @abstractmethod
+    def make_model(self, generators: Generators) -> nn.Module:
+        """The network at its start. torch's own generator has the first one's seed."""
+
+    def order(self, generators: Generators) -> Tensor:
+        """The indices (seeds, examples) of an epoch's examples."""
+        return torch.stack([torch.randperm(self.examples, generator=g) for g in generators])
+
+    @abstractmethod
+    def batch(
+        self,
+        indices: Tensor,
+        generators: Generators,
+        device: torch.device,
+        share: slice = EVERYTHING,
+    ) -> Batch:
+        """Inputs and targets of the examples (seeds, n), of which a process takes its `share`.
+
+        What is random depends on all examples, so that the shares of several processes are
+        together what a single process gets.
+        """
+
+    @abstractmethod
+    def held_out(self, device: torch.device) -> Iterator[Batch]:
+        """Batches of the data held out."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Batch:
+        """Every example's loss and whether it is predicted right, both (seeds, n)."""
+
+
+def classify(logits: Tensor, targets: Tensor) -> Batch:
+    """`Task.losses` of a single network's logits (n, classes)."""
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return losses[None], (logits.argmax(dim=1) == targets)[None]
+
+
+OTHER_TASKS: dict[str, type[Task]] = {}  # that somebody adds, by name
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task. Each is imported when needed: they need different packages."""
+    if name in OTHER_TASKS:
+        return OTHER_TASKS[name]
+    if name == "digits":
+        from benchmarks.paper.digits import Digits
+
+        return Digits
+    if name == "images":
+        from benchmarks.paper.images import Images
+
+        return Images
+    if name == "characters":
+        from benchmarks.paper.characters import Characters
+
+        return Characters
+    raise ValueError(f"there is no task {name!r}")
+
+
+def make_task(settings: Mapping[str, Any], final: bool, source: Source) -> Task:
+    """The task that a run describes: its name, and the keyword arguments of the class."""
+    arguments = dict(settings)
+    return task_class(arguments.pop("name"))(final, source, **arguments)
