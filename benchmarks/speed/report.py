@@ -308,7 +308,8 @@ def _draw_lines(
             axes.plot(
                 [x(one.setting) for one in ordered],
                 [y(one, name) for one in ordered],
-                f"{style}.",
+                marker=".",
+                linestyle=style,
                 color=color,
                 label=name,
             )
