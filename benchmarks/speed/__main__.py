@@ -98,7 +98,7 @@ def plan_threads(threads: list[int]) -> Plan:
 
 
 def plan_huge(threads: list[int]) -> Plan:
-    """10^9 elements: 12 GB."""
+    """10^9 elements: 11 GB."""
     return {Setting(f"1 x {10**9}", "bfloat16", threads[-1]): ("LPSGDM p=4", "SGD fused")}
 
 
