@@ -2,7 +2,7 @@
 # make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 # make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
 # make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
-# make experiments  runs the studies of benchmarks/paper, about five hours on two cores
+# make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make lib     builds csrc as a static library with a pkg-config file
