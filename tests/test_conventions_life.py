@@ -108,7 +108,7 @@ def test_steps_leave_no_objects_behind(cls, make, how):
         return len(gc.get_objects())
 
     before = objects_after(20)
-    assert objects_after(200) == before
+    assert objects_after(200) < before + 20  # threads of earlier tests may make a few meanwhile
 
 
 @pytest.mark.usefixtures("no_gc")
