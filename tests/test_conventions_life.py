@@ -125,7 +125,7 @@ def test_optimizers_come_and_go(cls):
         return len(gc.get_objects())
 
     before = objects_after(20)
-    assert objects_after(50) == before
+    assert objects_after(50) < before + 20
 
 
 def large(seed):
