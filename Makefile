@@ -16,6 +16,10 @@ TORCH ?=
 BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
+ifeq ($(TORCH),)
+VISION := ,vision
+VISION_FRAMEWORKS := ,vision,frameworks-vision
+endif
 
 .PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
     bench-compare gpu gpu-sanitize install clean
@@ -85,15 +89,15 @@ $(VENV)/.torch: pyproject.toml
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python
 	$(PYTHON) -m venv $(VENV)
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
-	    ".[bench,demo,experiments,notebooks,test]"
+	    ".[bench,demo,experiments,notebooks,test$(VISION)]"
 	touch $@
 
-# The constraint keeps pip from replacing PyTorch. For an older one there may be no torchvision, and
-# timm needs it; their tests are skipped.
+# The constraint keeps pip from replacing PyTorch. For an older one there may be no torchvision that
+# fits, and timm needs it; their tests are skipped.
 $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
 	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
-	    ".[frameworks$(if $(TORCH),,,frameworks-vision)]"
+	    ".[frameworks$(VISION_FRAMEWORKS)]"
 	touch $@
 
 clean:
