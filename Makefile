@@ -16,6 +16,7 @@ TORCH ?=
 BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
+# For an older PyTorch there may be no torchvision that fits, and timm needs it: tests are skipped.
 ifeq ($(TORCH),)
 VISION := ,vision
 VISION_FRAMEWORKS := ,vision,frameworks-vision
@@ -92,8 +93,7 @@ $(VENV)/.torch: pyproject.toml
 	    ".[bench,demo,experiments,notebooks,test$(VISION)]"
 	touch $@
 
-# The constraint keeps pip from replacing PyTorch. For an older one there may be no torchvision that
-# fits, and timm needs it; their tests are skipped.
+# The constraint keeps pip from replacing PyTorch.
 $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
 	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
