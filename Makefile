@@ -16,7 +16,8 @@ TORCH ?=
 BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
-# For an older PyTorch there may be no torchvision that fits, and timm needs it: tests are skipped.
+# For an older PyTorch there may be no torchvision that fits, and timm needs it: tests are skipped. (One
+# that curvlinops brings along is removed.)
 ifeq ($(TORCH),)
 VISION := ,vision
 VISION_FRAMEWORKS := ,vision,frameworks-vision
@@ -91,6 +92,7 @@ $(VENV)/.torch: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
 	    ".[bench,demo,experiments,notebooks,test$(VISION)]"
+	$(if $(TORCH),$(IN_VENV) -m pip uninstall --quiet --yes torchvision)
 	touch $@
 
 # The constraint keeps pip from replacing PyTorch.
