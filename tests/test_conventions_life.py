@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo  # otherwise imported by the first load_state_dict, whose frame it keeps
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
