@@ -165,7 +165,8 @@ static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_ta
     return status;
 }
 
-/* A step: validate everything, then mutate, or don't. Returns 0, or -1 with an exception. */
+/* A step with numbers that have been checked: validate everything else, then mutate, or don't.
+ * Returns 0, or -1 with an exception. */
 static int step(torch_api *torch, const tensor_lists *lists, const lpsgd_cuda_target *numbers,
                 int mutate)
 {
@@ -174,9 +175,6 @@ static int step(torch_api *torch, const tensor_lists *lists, const lpsgd_cuda_ta
     lpsgd_status status;
     int threads = 0, result = -1;
 
-    for (int i = 0; i < lists->section_count; i++)
-        if (check_hyper(&lists->sections[i].hyper))
-            return -1;
     if (tensor_lists_read(torch, lists, &groups) ||
         prepare_cuda(torch, lists, &groups, targets, numbers))
         goto done;
@@ -452,6 +450,8 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
         return PyErr_NoMemory();
     int done = param_groups_gather(&own->torch, &own->names, param_groups,
                                    has_momentum ? state : NULL, observed, &lists, sections);
+    for (int i = 0; i < lists.section_count && done == 1; i++)
+        done = check_hyper(&sections[i].hyper) ? -1 : 1;
     if (done == 1)
         done = step(&own->torch, &lists, &no_numbers, 1) ? -1 : 1;
     release(&lists);
@@ -637,10 +637,10 @@ static int module_exec(PyObject *module)
 #define STATE_OBJECTS(own)                                                                         \
     X((own)->torch.tensor_type)                                                                    \
     X((own)->torch.parameter_type)                                                                 \
-    X((own)->torch.is_neg.object)                                             \
-    X((own)->torch.is_inference.object)                                              \
+    X((own)->torch.is_neg.object)                                                                  \
+    X((own)->torch.is_inference.object)                                                            \
     X((own)->torch.is_inference_mode_enabled)                                                      \
-    X((own)->torch.untyped_storage.object)                                                  \
+    X((own)->torch.untyped_storage.object)                                                         \
     X((own)->torch.storage_offset.object)                                                          \
     X((own)->torch.increment_version)                                                              \
     X((own)->torch.get_num_threads)                                                                \

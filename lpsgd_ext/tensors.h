@@ -44,7 +44,7 @@ typedef struct tensor_lists {
     int written[MAX_LISTS];
     PyObject *tuple[MAX_LISTS];
     PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
-    const param_section *sections;     /* the last one's end is the tuples' length */
+    const param_section *sections; /* the last one's end is the tuples' length */
     int section_count;
 } tensor_lists;
 
