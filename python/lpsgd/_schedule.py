@@ -113,9 +113,8 @@ class _PScheduler(LRScheduler):
                 raise TypeError(f"{type(self.optimizer).__name__} has no hooks for every_step=True")
             self._calls["optimizer.step"] = True
             return
-        if not getattr(type(self.optimizer).step, "hooked", False):
-            # timm's Lookahead has hooks, but nothing calls them before Optimizer does this.
-            self.optimizer._patch_step_function()
+        # Once more: timm's Lookahead has hooks, but nothing calls them before Optimizer does this.
+        self.optimizer._patch_step_function()
         _hooks[self.optimizer] = self.optimizer.register_step_post_hook(hook)
 
     @_outside_of_graphs
