@@ -16,12 +16,6 @@ TORCH ?=
 BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
-# For an older PyTorch there may be no torchvision that fits, and timm needs it: tests are skipped. (One
-# that curvlinops brings along is removed.)
-ifeq ($(TORCH),)
-VISION := ,vision
-VISION_FRAMEWORKS := ,vision,frameworks-vision
-endif
 
 .PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
     bench-compare gpu gpu-sanitize install clean
@@ -87,11 +81,13 @@ install: $(VENV)/.torch
 	rm -rf build/lib.* build/temp.* build/bdist.*
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet --force-reinstall --no-deps .
 
+# For an older PyTorch there may be no torchvision that fits, and timm needs it: tests are skipped. (One
+# that curvlinops brings along is removed.)
 $(VENV)/.torch: pyproject.toml
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python
 	$(PYTHON) -m venv $(VENV)
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
-	    ".[bench,demo,experiments,notebooks,test$(VISION)]"
+	    ".[bench,demo,experiments,notebooks,test$(if $(TORCH),,,vision)]"
 	$(if $(TORCH),$(IN_VENV) -m pip uninstall --quiet --yes torchvision)
 	touch $@
 
@@ -99,7 +95,7 @@ $(VENV)/.torch: pyproject.toml
 $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
 	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
-	    ".[frameworks$(VISION_FRAMEWORKS)]"
+	    ".[frameworks$(if $(TORCH),,,frameworks-vision)]"
 	touch $@
 
 clean:
