@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper.tasks import EVERYTHING, Batch, Generators, Source, Task
+from benchmarks.paper.tasks import Batch, Generators, Source, Task
 
 VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
 HELD_OUT_BATCH = 64
@@ -37,9 +37,9 @@ def text(part: str) -> Tensor:
 class GPT(nn.Module):
     """A decoder with learned positions and the norm before attention and feed-forward."""
 
-    def __init__(self, context: int, width: int, layers: int, heads: int) -> None:
+    def __init__(self, vocabulary: int, context: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(len(VOCABULARY), width)
+        self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.02 * torch.randn(context, width))
         block = nn.TransformerEncoderLayer(
             width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
@@ -55,7 +55,7 @@ class GPT(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, context, characters) of the characters that follow those of x (n, context)."""
+        """Logits (n, context, vocabulary) of what follows each of x (n, context)."""
         hidden = self.blocks(self.tokens(x) + self.positions, mask=self.mask, is_causal=True)
         return F.linear(self.norm(hidden), self.tokens.weight)
 
@@ -93,7 +93,7 @@ class Characters(Task):
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def make_model(self, generators: Generators) -> GPT:
-        return GPT(self.context, *self.shape)
+        return GPT(len(VOCABULARY), self.context, *self.shape)
 
     def order(self, generators: Generators) -> Tensor:
         last = len(self.x) - self.context - 1
@@ -105,11 +105,7 @@ class Characters(Task):
         return window[:, :-1], window[:, 1:]
 
     def batch(
-        self,
-        indices: Tensor,
-        generators: Generators,
-        device: torch.device,
-        share: slice = EVERYTHING,
+        self, indices: Tensor, generators: Generators, device: torch.device, share: slice
     ) -> Batch:
         return self.windows(self.x, indices[0, share], device)
 

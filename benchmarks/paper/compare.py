@@ -14,7 +14,6 @@ from benchmarks.paper.config import Method, Run, Study
 from benchmarks.paper.report import Report, read
 from benchmarks.paper.sweep import run_study
 from benchmarks.paper.tasks import (
-    EVERYTHING,
     OTHER_TASKS,
     Batch,
     Generators,
@@ -59,11 +58,7 @@ class LoaderTask(Task):
         return self.make_network()
 
     def batch(
-        self,
-        indices: Tensor,
-        generators: Generators,
-        device: torch.device,
-        share: slice = EVERYTHING,
+        self, indices: Tensor, generators: Generators, device: torch.device, share: slice
     ) -> Batch:
         inputs, targets = self.train_loader.collate_fn(
             [self.data[i] for i in indices[0, share].tolist()]

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper.tasks import EVERYTHING, Batch, Generators, Source, Task
+from benchmarks.paper.tasks import Batch, Generators, Source, Task
 
 LAYERS = (64, 64, 64, 64, 64, 64, 64, 10)
 
@@ -86,11 +86,7 @@ class Digits(Task):
         return Stack(generators)
 
     def batch(
-        self,
-        indices: Tensor,
-        generators: Generators,
-        device: torch.device,
-        share: slice = EVERYTHING,
+        self, indices: Tensor, generators: Generators, device: torch.device, share: slice
     ) -> Batch:
         indices = indices[:, share]
         return self.x[indices].to(device), self.y[indices].to(device)

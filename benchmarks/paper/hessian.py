@@ -31,7 +31,7 @@ from benchmarks.paper.config import Run, load
 from benchmarks.paper.records import dumps, rounded, write_whole
 from benchmarks.paper.report import Report, color_of, read, save
 from benchmarks.paper.sweep import results_directory, runs_of
-from benchmarks.paper.tasks import Batch, Task, make_task
+from benchmarks.paper.tasks import EVERYTHING, Batch, Task, make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine
 
@@ -143,7 +143,7 @@ def examine_run(run: Run, directory: Path, machine: Machine) -> list[Moment]:
     task = make_task(run.task, run.final, machine.source)
     device = torch.device(machine.device)
     generators = [torch.Generator().manual_seed(seed) for seed in run.seeds]
-    batch = task.batch(task.order(generators)[:, :EXAMPLES], generators, device)
+    batch = task.batch(task.order(generators)[:, :EXAMPLES], generators, device, EVERYTHING)
     moments = []
     for epoch in tqdm(run.snapshots, f"{run.optimizer}, seed {run.seeds[0]}", mininterval=1.0):
         state = torch.load(directory / f"model-{epoch}.pt", map_location=device)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.networks import NETWORKS, centre_boxes, crop
 from benchmarks.paper.records import write_whole
-from benchmarks.paper.tasks import EVERYTHING, Batch, Generators, Source, Task, classify
+from benchmarks.paper.tasks import Batch, Generators, Source, Task, classify
 
 HELD_OUT_BATCH = 1000
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-1K"}
@@ -153,11 +153,7 @@ class Images(Task):
         return torch.stack([w / 2 + x * (self.stored - w), h / 2 + y * (self.stored - h), w, h], 1)
 
     def batch(
-        self,
-        indices: Tensor,
-        generators: Generators,
-        device: torch.device,
-        share: slice = EVERYTHING,
+        self, indices: Tensor, generators: Generators, device: torch.device, share: slice
     ) -> Batch:
         count = indices.shape[1]
         boxes = self.random_boxes(count, generators[0])[share]

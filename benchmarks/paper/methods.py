@@ -4,28 +4,20 @@
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from benchmarks.lion import lion
 from benchmarks.paper.config import Run
 from lpsgd import LPSGD, LPSGDM, CosineAnnealingP
-
-
-def _lion(params: Iterable[Tensor], **settings: Any) -> Optimizer:
-    from lion_pytorch import Lion
-
-    optimizer: Optimizer = Lion(params, **settings)
-    return optimizer
-
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD": partial(SGD, fused=True),
     "SGDM": partial(SGD, momentum=0.9, fused=True),
     "AdamW": partial(AdamW, fused=True),
-    "Lion": _lion,
+    "Lion": lion,
     "LPSGD": LPSGD,
     "LPSGDM": LPSGDM,
 }

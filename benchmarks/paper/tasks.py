@@ -57,11 +57,7 @@ class Task(ABC):
 
     @abstractmethod
     def batch(
-        self,
-        indices: Tensor,
-        generators: Generators,
-        device: torch.device,
-        share: slice = EVERYTHING,
+        self, indices: Tensor, generators: Generators, device: torch.device, share: slice
     ) -> Batch:
         """Inputs and targets of the examples (seeds, n), of which a process takes its `share`.
 

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
 import lpsgd_ext
+from benchmarks.lion import lion
 from benchmarks.speed.bound import MemoryBound
 from lpsgd import LPSGD, LPSGDM, _eager
 
@@ -85,13 +86,6 @@ def shapes_of(name: str) -> Shapes:
     return [(size,)] * count
 
 
-def lion(params: list[Parameter]) -> Optimizer:
-    from lion_pytorch import Lion  # not there where gpu.py runs and nothing can be installed
-
-    optimizer: Optimizer = Lion(params, lr=1e-4, weight_decay=1e-2)
-    return optimizer
-
-
 class CompiledEager:
     """The eager LPSGDM's operations as one graph of torch.compile. (`LPSGDM.step` itself calls the
     C kernel when it is compiled.)"""
@@ -150,7 +144,7 @@ CONTENDERS: dict[str, MakeOptimizer] = {
     "SGD": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2),
     "AdamW fused": partial(AdamW, lr=1e-3, fused=True),
     "AdamW foreach": partial(AdamW, lr=1e-3, foreach=True),
-    "Lion": lion,
+    "Lion": partial(lion, lr=1e-4, weight_decay=1e-2),
     "eager LPSGDM": partial(LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=True),
     "eager LPSGDM for-loop": partial(LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, foreach=False),
 }

@@ -14,29 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.paper.characters import GPT
+from benchmarks.paper.networks import Block
 from benchmarks.speed.step import MakeOptimizer
 from benchmarks.speed.timing import share_state
-
-
-class Block(nn.Module):
-    """Two convolutions and the way around them."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__()
-        stride = width // width_in
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.around = nn.Sequential()
-        if stride > 1:
-            self.around.append(nn.Conv2d(width_in, width, 1, stride, bias=False))
-            self.around.append(nn.BatchNorm2d(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
-        out: Tensor = (y + self.around(x)).relu()
-        return out
 
 
 class ResNet18(nn.Sequential):
@@ -48,7 +29,7 @@ class ResNet18(nn.Sequential):
             nn.BatchNorm2d(64),
             nn.ReLU(),
             nn.MaxPool2d(3, 2, padding=1),
-            *(Block(a, b) for width in (64, 128, 256, 512) for a, b in self._widths(width)),
+            *(Block(a, b, b // a) for width in (64, 128, 256, 512) for a, b in self._widths(width)),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(512, 1000),
@@ -57,30 +38,6 @@ class ResNet18(nn.Sequential):
     @staticmethod
     def _widths(width: int) -> list[tuple[int, int]]:
         return [(max(width // 2, 64), width), (width, width)]
-
-
-class GPT(nn.Module):
-    """A decoder with learned positions and tied embeddings."""
-
-    def __init__(self, vocabulary: int, context: int, layers: int, width: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.randn(context, width) * 0.02)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, width // 64, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True
-            )
-            for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.mask: Tensor
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(context))
-
-    def forward(self, indices: Tensor) -> Tensor:
-        x = self.tokens(indices) + self.positions
-        for block in self.blocks:
-            x = block(x, src_mask=self.mask, is_causal=True)
-        return F.linear(self.norm(x), self.tokens.weight)
 
 
 class Task(NamedTuple):
@@ -100,7 +57,7 @@ def resnet_on_images(batch: int) -> Task:
 def gpt_on_tokens(batch: int) -> Task:
     torch.manual_seed(0)
     context = 128
-    model = GPT(vocabulary=8192, context=context, layers=4, width=256)
+    model = GPT(vocabulary=8192, context=context, width=256, layers=4, heads=4)
     tokens = torch.randint(8192, (batch, context + 1))
     return Task(
         model, lambda: F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
