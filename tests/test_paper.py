@@ -245,6 +245,11 @@ def test_images_are_read_once_and_tuning_never_sees_the_test_data(source, folder
     assert final.y.tolist() == final.x[:, 0, 0, 0].tolist()
 
 
+def test_runs_on_other_data_lie_elsewhere(tmp_path):
+    places = {Source(data).runs(tmp_path) for data in (None, tmp_path / "a", tmp_path / "b")}
+    assert len(places) == 3 and tmp_path / "runs" in places
+
+
 def test_a_crop_shifts_and_mirrors_exactly():
     images = torch.rand(2, 3, 8, 8)
     boxes = networks.centre_boxes(2, (8, 8), 8).clone()

@@ -200,11 +200,12 @@ def main() -> None:
     study = load(arguments.config, arguments.small)
     results = results_directory(arguments)
     machine = machine_of(arguments)
+    runs = machine.source.runs(arguments.output)
     report = read(results / f"{study.name}.json")
     moments = {}
     for method, row in zip(study.methods, report.rows, strict=True):
         run = runs_of(method, row.lr, study.seeds, final=True)[0]
-        moments[row.name] = examine_run(run, arguments.output / "runs" / run.key, machine)
+        moments[row.name] = examine_run(run, runs / run.key, machine)
     record = {name: [rounded(asdict(moment)) for moment in at] for name, at in moments.items()}
     file = results / "hessian" / f"{study.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -198,7 +198,7 @@ def sweep(study: Study, output: Path, machine: Machine, jobs: int) -> list[Resul
         make_task(task, True, machine.source)  # so that data are downloaded and decoded only once
     total = sum(run.epochs for group in trials + finals for run in group)
     with one_thread(), tqdm(total=total, unit="epoch", smoothing=0.05) as bar:
-        pool = Pool(output / "runs", machine, jobs, bar)
+        pool = Pool(machine.source.runs(output), machine, jobs, bar)
         tuned = iter(pool.train(trials, "learning rates"))
         searches = [[next(tuned) for _ in method.lrs] for method in study.methods]
         best = [

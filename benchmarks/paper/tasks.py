@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What is trained: a network with its data. The loop of `training` knows no more than `Task`."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,13 @@ class Source:
 
     data: Path | None = None
     cache: Path = Path("build/paper/data")
+
+    def runs(self, output: Path) -> Path:
+        """Where the files of runs on these data lie: not beside those of another directory."""
+        if self.data is None:
+            return output / "runs"
+        path = str(self.data.resolve())
+        return output / f"runs-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 class Task(ABC):

@@ -84,7 +84,7 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     try:
-        directory = arguments.output / "runs" / run.key
+        directory = machine.source.runs(arguments.output) / run.key
         prepare(run, machine)
         history = Trainer(run, directory=directory, machine=machine).train()
         if not distributed or dist.get_rank() == 0:
