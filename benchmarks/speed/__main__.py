@@ -50,7 +50,7 @@ def plan_lists(threads: list[int]) -> Plan:
 def plan_parts(threads: list[int]) -> Plan:
     """Where the kernel is short; 161 tensors has ResNet-50."""
     lists = ("62 x 1", "161 x 1", "1000 x 64", "64k")
-    return {Setting(name): ("LPSGDM p=4", *PARTS) for name in lists}
+    return {Setting(name, caches="warm"): ("LPSGDM p=4", *PARTS) for name in lists}
 
 
 def plan_dtypes(threads: list[int]) -> Plan:
