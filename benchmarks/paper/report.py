@@ -347,10 +347,11 @@ def draw_pivot(report: Report) -> Figure:
     panels[0].set_ylabel(report.label.replace("test", "validation"))
     draw_values(axes := below.subplots(), rows, report, colors)
     axes.invert_yaxis()
-    typical = [row.per_epoch("m_rms")[0] for row in fixed]
+    (sign,) = (row for row in fixed if float(row.settings["p"]) == float("inf"))
     figure.suptitle(
-        f"{report.heading}:\nfixed p on lr grids; final runs of fixed p and of the schedule. "
-        f"Root mean square of m after one epoch: {min(typical):.1g} to {max(typical):.1g}",
+        f"{report.heading}:\nfixed p on lr grids, with pivot 1 and with the pivot that joins their "
+        "best lr\n(root mean square of m after one epoch at p=∞: "
+        f"{sign.per_epoch('m_rms')[0]:.2g}); final runs of fixed p and of the schedule",
         fontsize=11,
     )
     return figure
