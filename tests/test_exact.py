@@ -86,7 +86,7 @@ class WorstCase:
 
 
 def worst_cases():
-    """What `make exhaustive` found, without the power at p = 2 and infinity, which no step needs."""
+    """What `make exhaustive` found, but for the power at p = 2 and infinity, which no step has."""
     cases = []
     for line in (ROOT / "tests" / "c" / "exhaustive.txt").read_text().splitlines():
         if not line.startswith("#"):
