@@ -7,8 +7,9 @@ at p = 2, the 1-norm at p = infinity. This is df . u, and so what a step descend
     f(x_t+1) <= f(x_t) - lr df . u + lr^2 L |u|^2 / 2 + noise
 
 Its sum over the steps gives M(T) <= (f(x_1) - min f) / (lr T) + O(lr) + noise, which is O(T^-1/2)
-for lr ~ T^-1/2, and no less once the runs come to rest, as f then falls by about the same amount for
-every T. As in the theory of sign descent, the batch grows with T, lest the noise choose the signs.
+for lr ~ T^-1/2, and no less once the runs come to rest, as f then falls by about the same amount
+for every T. As in the theory of sign descent, the batch grows with T, lest the noise choose the
+signs.
 """
 
 import math
