@@ -26,8 +26,7 @@ demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
 
 test: install
-	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64 \
-	    cross-s390x
+	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64 cross-s390x
 	$(IN_VENV) -m pytest
 
 test-frameworks: $(VENV)/.frameworks install

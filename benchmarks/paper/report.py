@@ -315,16 +315,14 @@ def draw_p_max(report: Report) -> Figure:
     return figure
 
 
-def best_pivot(rows: Sequence[Row], lower_is_better: bool) -> float:
+def best_pivot(rows: Sequence[Row]) -> float:
     """The pivot with which the best lr of every fixed p are as equal as can be.
 
     A step at p with lr and pivot is the step with pivot 1 and lr · pivot^(-1 / (p - 1)). So if lr*
     is the best one at pivot 1, log lr* is a line over 1 / (p - 1), of slope -log pivot.
     """
-    sign = -1.0 if lower_is_better else 1.0
-    measured = [[one for one in row.validation if np.isfinite(one[1])] for row in rows]
-    best = [max(row, key=lambda one: sign * one[1])[0] for row in measured]
-    slope, _ = np.polyfit([1 / (float(r.settings["p"]) - 1) for r in rows], np.log(best), 1)
+    lrs = [row.lr for row in rows]
+    slope, _ = np.polyfit([1 / (float(row.settings["p"]) - 1) for row in rows], np.log(lrs), 1)
     return float(np.exp(-slope))
 
 
@@ -332,8 +330,7 @@ def draw_pivot(report: Report) -> Figure:
     """Whether one lr serves every fixed p, at pivot 1 and at the best one; the schedule beside."""
     rows = report.rows
     fixed = [row for row in rows if " p=" in row.name]
-    lower_is_better = report.measure == "loss"
-    pivot = best_pivot(fixed, lower_is_better)
+    pivot = best_pivot(fixed)
     colors = color_of(rows)
     figure = plt.figure(figsize=(8, 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1)  # type: ignore[misc]
