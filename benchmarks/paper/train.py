@@ -94,6 +94,10 @@ def main() -> None:
                 f"loss {last['loss'][0]:.4f}, accuracy {100 * last['accuracy'][0]:.2f} %, "
                 f"{last['seconds']:.0f} s. Metrics are in {directory}."
             )
+        if distributed:
+            # DistributedDataParallel keeps Gloo's threads alive after the group. While this waits
+            # they let go of the last tensors: one freed after the interpreter's end would abort.
+            dist.barrier()
     finally:
         if distributed:
             dist.destroy_process_group()
