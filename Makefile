@@ -5,6 +5,7 @@
 # make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
+# make docs    builds the documentation site in build/docs
 # make golden  compares the bits from two compilers at every level on four processors, in minutes
 # make exhaustive  measures the error of every float32, in twenty minutes on two cores
 # make lib     builds csrc as a static library with a pkg-config file
@@ -19,7 +20,7 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
+.PHONY: demo experiments experiments-small notebooks test test-frameworks docs lib bench bench-save \
     bench-compare gpu gpu-sanitize install clean
 
 demo: install
@@ -61,6 +62,9 @@ experiments experiments-small: install
 notebooks: install
 	TQDM_DISABLE=1 $(VENV)/bin/jupyter nbconvert --execute --inplace \
 	    --ExecutePreprocessor.record_timing=False benchmarks/notebooks/*.ipynb
+
+docs: $(VENV)/.docs install
+	$(IN_VENV) -m sphinx -W --keep-going -q docs build/docs
 
 bench: install
 	$(IN_VENV) -m benchmarks.speed $(BENCH)
@@ -106,6 +110,10 @@ $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
 	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
 	    ".[frameworks$(if $(TORCH),,,frameworks-vision)]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.torch
+	$(IN_VENV) -m pip install --quiet ".[docs]"
 	touch $@
 
 clean:

@@ -212,7 +212,7 @@ PyDoc_STRVAR(lpsgd_doc,
 "       scratch=None, dry_run=False)\n"
 "--\n"
 "\n"
-"One LPSGD step in place (arXiv:2606.02078, eq 21 and 22), for every element:\n"
+"One LPSGD step in place (arXiv:2606.02078, eq 21 and 22), for every element::\n"
 "\n"
 "    u = grad / (|grad| + eps)**rho * pivot**(-1 / (p - 1)),  rho = (p - 2) / (p - 1)\n"
 "    param = (1 - lr * weight_decay) * param - lr * u\n"
@@ -225,8 +225,8 @@ PyDoc_STRVAR(lpsgd_doc,
 "    lr: learning rate, >= 0.\n"
 "    p: norm, >= 2; 2 is gradient descent, math.inf is sign descent.\n"
 "    weight_decay: decoupled weight decay, >= 0.\n"
-"    eps: added to |grad|, >= 0.\n"
-"    pivot: the |grad| at which |u| is 1 for every p, > 0; 1 is the paper.\n"
+"    eps: added to `|grad|`, >= 0.\n"
+"    pivot: the `|grad|` at which `|u|` is 1 for every p, > 0; 1 is the paper.\n"
 "    maximize: ascend instead of descend.\n"
 "    grad_scale: what the gradients have been multiplied by, > 0; None for 1.\n"
 "    found_inf: other than 0, everything is checked and nothing changed; None for 0.\n"
@@ -252,7 +252,7 @@ PyDoc_STRVAR(lpsgdm_doc,
 "        offsets=None, scratch=None, dry_run=False)\n"
 "--\n"
 "\n"
-"One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element:\n"
+"One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element::\n"
 "\n"
 "    momentum_buffer = momentum * momentum_buffer + (1 - momentum) * grad\n"
 "    u = momentum_buffer / (|momentum_buffer| + eps)**rho * pivot**(-1 / (p - 1))\n"
@@ -264,7 +264,7 @@ PyDoc_STRVAR(lpsgdm_doc,
 "    momentum: 0 <= momentum < 1.\n"
 "    momentum_float32: the momentum buffers of bfloat16 and float16 parameters are float32.\n"
 "\n"
-"The other arguments, the errors and what it says of threads are those of lpsgd_.");
+"The other arguments, the errors and what it says of threads are those of `lpsgd_`.");
 
 /* Like read_double; but with scratch, a tensor on its device is left for the GPU to read. */
 static int read_number(const torch_api *torch, const char *function, const char *name,
@@ -422,7 +422,7 @@ PyDoc_STRVAR(step_param_groups_doc,
 "    observed: step only groups with fused=True.\n"
 "\n"
 "Returns True if the step has been made, and False if anything about it is unusual, errors included:\n"
-"then nothing has changed. Raises CudaError as lpsgdm_ does.");
+"then nothing has changed. Raises CudaError as `lpsgdm_` does.");
 
 static PyObject *step_param_groups(PyObject *module, PyObject *args)
 {
@@ -492,7 +492,7 @@ PyDoc_STRVAR(cosine_p_doc,
 "cosine_p(s, total, p_max, p_min=2.0)\n"
 "--\n"
 "\n"
-"p of the cosine schedule at epoch or step s = 1 ... total (arXiv:2606.02078, eq 19):\n"
+"p of the cosine schedule at epoch or step s = 1 ... total (arXiv:2606.02078, eq 19)::\n"
 "\n"
 "    p_min + (p_max - p_min) * (1 + cos(pi * (s - 1) / (total - 1))) / 2\n"
 "\n"
@@ -556,7 +556,7 @@ PyDoc_STRVAR(cuda_scratch_size_doc,
 "cuda_scratch_size()\n"
 "--\n"
 "\n"
-"The least number of elements of the argument `scratch` of lpsgd_ and lpsgdm_.");
+"The least number of elements of the argument `scratch` of `lpsgd_` and `lpsgdm_`.");
 
 static PyObject *cuda_scratch_size(PyObject *module, PyObject *unused)
 {

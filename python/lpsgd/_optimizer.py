@@ -447,7 +447,7 @@ class LPSGD(_LPOptimizer):
 
     Raises:
         ValueError, TypeError: for arguments out of range. `step` raises them too, and
-        RuntimeError, for tensors it cannot update; then no tensor has changed.
+            RuntimeError, for tensors it cannot update; then no tensor has changed.
 
     Example:
         >>> param = torch.nn.Parameter(torch.tensor([1.0, 1.0]))

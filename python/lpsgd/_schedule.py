@@ -296,7 +296,7 @@ class LambdaP(_PScheduler):
 
     Raises:
         ValueError, TypeError, KeyError: for arguments out of range. `step` raises them too, for
-        what `p_lambda` returns; then no group has changed.
+            what `p_lambda` returns; then no group has changed.
 
     Example:
         >>> import torch

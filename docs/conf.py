@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""The documentation site: `make docs` builds it from these pages, the docstrings and lpsgd.h."""
+
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.util.nodes import get_node_source
+from sphinx.writers.html5 import HTML5Translator
+
+import lpsgd
+
+project = "lpsgd"
+release = version = lpsgd.__version__
+html_title = f"lpsgd {version}"
+html_theme = "furo"
+html_theme_options = {"light_css_variables": {"code-font-size": "73%"}}  # 100 columns
+html_copy_source = False
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3  # links such as frameworks.md#timm
+nb_execution_mode = "off"  # `make test` runs the notebooks, `make notebooks` keeps their output
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings tell types and ranges
+
+
+def write_formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Formulas as MathML, which browsers draw themselves: the site loads no script from afar."""
+    block = isinstance(node, nodes.math_block)
+    translator.body.append(str(tex2mathml(node.astext(), as_block=block)))
+    raise nodes.SkipNode
+
+
+def leave_out_links(app: Sphinx, document: nodes.document) -> None:
+    """Links to files of the repository that are no pages become plain text."""
+    for link in document.findall(pending_xref):
+        here = Path(get_node_source(link) or "").parent
+        if link["reftype"] == "myst" and here.joinpath(link["reftarget"]).exists():
+            link.replace_self(link[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
+    app.config.html_math_renderer = "mathml"
+    app.connect("doctree-read", leave_out_links)
