@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""Tries the wheel in dist: python release/try_wheel.py PYTHON:TORCH ...
+
+For each pair, as 3.10:2.10.0, makes an environment with that Python and PyTorch, installs the wheel,
+runs release/test_installed.py and removes the environment again. Says at the end what ran, and fails
+if anything failed or a Python was not found.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find_python(version: str) -> str | None:
+    """A Python in PATH or of pyenv, whose commands in PATH work only for the versions chosen."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    name = f"python{version}"
+    for python in [shutil.which(name), *sorted(pyenv.glob(f"{version}.*/bin/{name}"))]:
+        if python and subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0:
+            return str(python)
+    return None
+
+
+def try_wheel(wheel: Path, version: str, torch: str) -> str:
+    """How it went, in words."""
+    python = find_python(version)
+    if python is None:
+        return "not run: there is no such Python"
+    with tempfile.TemporaryDirectory(prefix="lpsgd-wheel-") as folder:
+        in_venv = str(Path(folder, "bin", "python"))
+        pip = [in_venv, "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+        pytest = ["-m", "pytest", "-q", "-c", ROOT / "release" / "pytest.ini"]
+        for step, command in {
+            "no environment": [python, "-m", "venv", folder],
+            "not run: it could not be installed": [*pip, wheel, f"torch=={torch}", "pytest"],
+            "FAILED": [in_venv, *pytest, ROOT / "release" / "test_installed.py"],
+        }.items():
+            if subprocess.run(command, cwd=folder).returncode:
+                return step
+        found = "import sys, torch; print('passed:', sys.version.split()[0], torch.__version__)"
+        return subprocess.check_output([in_venv, "-c", found], text=True).strip()
+
+
+def main() -> int:
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    results = {}
+    for pair in sys.argv[1:]:
+        print(f"== Python {pair.replace(':', ', PyTorch ')}", flush=True)
+        results[pair] = try_wheel(wheel, *pair.split(":"))
+        print(results[pair], flush=True)
+    print(wheel.name, *(f"{pair}: {result}" for pair, result in results.items()), sep="\n")
+    return not all(result.startswith("passed") for result in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
