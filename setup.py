@@ -11,8 +11,8 @@ Environment variables:
     LPSGD_OPENMP: 0 builds without OpenMP, 1 fails where OpenMP is missing; by default a build
         without OpenMP says so and goes on.
     LPSGD_WERROR: 1 makes warnings errors.
-    SOURCE_DATE_EPOCH: the seconds since 1970 that archives say their files are from; with it the same
-        sources give the same bytes.
+    SOURCE_DATE_EPOCH: when archives say their files were written, in seconds since 1970; with it the
+        same sources give the same bytes.
     LPSGD_SANITIZE: 1 builds with the address and undefined-behaviour sanitizers.
 """
 
@@ -141,7 +141,7 @@ class Sdist(sdist):
     """An archive that tells nothing of who packed it, nor, with SOURCE_DATE_EPOCH, of when; the
     wheel that is built from it takes its files' modes over."""
 
-    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):  # type: ignore[no-untyped-def]
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
         assert format == "gztar", "the one that a package index takes"
         packed = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
 

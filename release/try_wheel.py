@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Tries the wheel in dist: python release/try_wheel.py PYTHON:TORCH ...
 
-For each pair, as 3.10:2.10.0, makes an environment with that Python and PyTorch, installs the wheel,
-runs release/test_installed.py and removes the environment again. Says at the end what ran, and fails
-if anything failed or a Python was not found.
+For each pair, as 3.10:2.10.0, makes an environment with that Python and PyTorch, installs the
+wheel, runs release/test_installed.py and removes the environment again. Says at the end what ran,
+and fails if anything failed or a Python was not found.
 """
 
 import os
@@ -21,7 +21,8 @@ def find_python(version: str) -> str | None:
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     name = f"python{version}"
     for python in [shutil.which(name), *sorted(pyenv.glob(f"{version}.*/bin/{name}"))]:
-        if python and subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0:
+        works = python and subprocess.run([python, "-c", "import ensurepip"], capture_output=True)
+        if works and works.returncode == 0:
             return str(python)
     return None
 

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import ROOT
 
-PYTHON = ["setup.py", "python", "tests", "benchmarks"]
+PYTHON = ["setup.py", "python", "tests", "benchmarks", "release"]
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
