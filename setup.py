@@ -11,8 +11,8 @@ Environment variables:
     LPSGD_OPENMP: 0 builds without OpenMP, 1 fails where OpenMP is missing; by default a build
         without OpenMP says so and goes on.
     LPSGD_WERROR: 1 makes warnings errors.
-    SOURCE_DATE_EPOCH: when archives say their files were written, in seconds since 1970; with it the
-        same sources give the same bytes.
+    SOURCE_DATE_EPOCH: when archives say their files were written, in seconds since 1970; with it
+        the same sources give the same bytes.
     LPSGD_SANITIZE: 1 builds with the address and undefined-behaviour sanitizers.
 """
 

@@ -9,7 +9,7 @@ trap 'rm -rf "$folder"' EXIT
 git clone --quiet . "$folder/a clone"
 mkdir "$folder/a clone/build"
 ln -s "$PWD/build/venv-release" "$folder/a clone/build"
-make -C "$folder/a clone" wheel >"$folder/log" 2>&1 || { cat "$folder/log"; exit 1; }
+make -C "$folder/a clone" -o build/venv-release/.tools wheel >"$folder/log" 2>&1 || { cat "$folder/log"; exit 1; }
 status=0
 for file in dist/*; do
     cmp "$file" "$folder/a clone/$file" && echo "the same bytes: $file" || status=1
