@@ -112,7 +112,7 @@ wheel: export LPSGD_WERROR := 1
 wheel: $(RELEASE_VENV)/.tools
 	rm -rf build/wheel dist python/*.egg-info
 	umask 022; $(IN_RELEASE) python -m build --outdir build/wheel
-	$(IN_RELEASE) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	umask 022; $(IN_RELEASE) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	cp build/wheel/*.tar.gz dist
 	$(IN_RELEASE) abi3audit --strict --report dist/*.whl
 	$(IN_RELEASE) twine check --strict dist/*.whl dist/*.tar.gz
