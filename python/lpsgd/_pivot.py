@@ -13,7 +13,7 @@ from ._shards import is_dtensor
 
 
 def _norm(x: Tensor) -> float:
-    """The ℓ2-norm, of a DTensor that of the whole."""
+    """The 2-norm, of a DTensor that of the whole."""
     norm: Any = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
     return float(norm.full_tensor() if is_dtensor(norm) else norm)
 
