@@ -131,7 +131,7 @@ wheel: $(RELEASE_VENV)/.tools
 	$(IN_RELEASE) cyclonedx-py environment --output-reproducible --output-file dist/tools.cdx.json
 
 # The same bytes again from a clone elsewhere, under another umask and at another time; then the wheel
-# in fresh environments, PYTHON:TORCH, with every Python and PyTorch that are supported.
+# in fresh environments, PYTHON:TORCH, with every Python (found here) and PyTorch that is supported.
 PAIRS := 3.10:2.10.0 3.11:2.13.0 3.12:2.11.0 3.13:2.13.0 3.14:2.14.1 3.10:2.14.1 3.14:2.10.0
 test-wheel: wheel
 	$(IN_RELEASE) sh release/build_again.sh
