@@ -11,6 +11,7 @@
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
 # make bench-save, make bench-compare  time ours, and say later what has become slower
+# make wheel   builds the release in dist and checks it, make test-wheel tries it out
 # make gpu     checks bits on a GPU and times step() there (docs/gpu.md)
 # make gpu-sanitize  runs the checks under NVIDIA's compute-sanitizer
 
@@ -21,7 +22,7 @@ VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
 .PHONY: demo experiments experiments-small notebooks test test-frameworks docs lib bench bench-save \
-    bench-compare gpu gpu-sanitize install clean
+    bench-compare gpu gpu-sanitize install wheel test-wheel clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -114,6 +115,36 @@ $(VENV)/.frameworks: $(VENV)/.torch
 
 $(VENV)/.docs: $(VENV)/.torch
 	$(IN_VENV) -m pip install --quiet ".[docs]"
+	touch $@
+
+# A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.
+RELEASE_VENV := build/venv-release
+IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/release/tools.txt
+wheel: export LPSGD_OPENMP := 1
+wheel: export LPSGD_WERROR := 1
+wheel: $(RELEASE_VENV)/.tools
+	rm -rf build/wheel dist python/*.egg-info
+	umask 022; $(IN_RELEASE) python -m build --outdir build/wheel
+	umask 022; $(IN_RELEASE) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	$(IN_RELEASE) abi3audit --strict --report dist/*.whl
+	$(IN_RELEASE) twine check --strict dist/*.whl dist/*.tar.gz
+	$(IN_RELEASE) python -m pytest -q -c tests/release/pytest.ini tests/release/test_dist.py
+	$(IN_RELEASE) cyclonedx-py environment --output-reproducible --output-file dist/tools.cdx.json
+
+# The same bytes again from a clone elsewhere, under another umask and at another time; then the wheel
+# in fresh environments, PYTHON:TORCH, with every Python (found here) and PyTorch that is supported.
+PAIRS := 3.10:2.10.0 3.11:2.13.0 3.12:2.11.0 3.13:2.13.0 3.14:2.14.1 3.10:2.14.1 3.14:2.10.0
+test-wheel: wheel
+	$(IN_RELEASE) sh tests/release/build_again.sh
+	$(IN_RELEASE) python tests/release/try_wheel.py $(PAIRS)
+
+$(RELEASE_VENV)/.tools: tests/release/tools.txt
+	PYTHON=$(PYTHON) sh tests/system_packages.sh python
+	$(PYTHON) -m venv --clear $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install --quiet --requirement tests/release/tools.txt
 	touch $@
 
 clean:

@@ -11,19 +11,25 @@ Environment variables:
     LPSGD_OPENMP: 0 builds without OpenMP, 1 fails where OpenMP is missing; by default a build
         without OpenMP says so and goes on.
     LPSGD_WERROR: 1 makes warnings errors.
+    SOURCE_DATE_EPOCH: when archives say their files were written, in seconds since 1970; with it
+        the same sources give the same bytes.
     LPSGD_SANITIZE: 1 builds with the address and undefined-behaviour sanitizers.
 """
 
+import gzip
 import os
 import re
 import shutil
 import subprocess
+import tarfile
 import tempfile
+import time
 from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError, LinkError
 
 # The arithmetic's contract of bits rests on these (csrc/lpsgd_element.h).
@@ -131,6 +137,28 @@ class BuildExt(build_ext):
         return True
 
 
+class Sdist(sdist):
+    """An archive that tells nothing of who packed it, nor, with SOURCE_DATE_EPOCH, of when; the
+    wheel that is built from it takes its files' modes over."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        assert format == "gztar", "the one that a package index takes"
+        packed = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+
+        def anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+            info.mtime, info.uid, info.gid, info.uname, info.gname = packed, 0, 0, "", ""
+            info.mode = 0o755 if info.isdir() else 0o644
+            return info
+
+        path = f"{base_name}.tar.gz"
+        with (
+            gzip.GzipFile(path, "wb", mtime=packed) as file,
+            tarfile.open(fileobj=file, mode="w") as archive,
+        ):
+            archive.add(base_dir, filter=anonymous)
+        return path
+
+
 def version() -> str:
     """LPSGD_VERSION of lpsgd.h, the one place that says it."""
     header = Path(__file__).with_name("csrc") / "lpsgd.h"
@@ -152,6 +180,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "sdist": Sdist},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

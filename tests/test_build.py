@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """The package's builds: wheel, sdist, other compilers, no OpenMP."""
 
+import re
 import shutil
 import sys
 import zipfile
 
 import pytest
 
+import lpsgd
 from helpers import ROOT, run, tool
 
-SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md", "MANIFEST.in"]
+SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md"]
+SOURCES += ["MANIFEST.in", "CHANGELOG.md"]
 QUERY = """
 import sys, torch
 sys.path.insert(0, {path!r})
@@ -94,6 +97,27 @@ def test_module_exports_its_init_function_alone(source):
     (module,) = (source / "python").glob("*.so")
     symbols = run([tool("nm"), "-D", "--defined-only", module], source).split()
     assert symbols[2::3] == ["PyInit_lpsgd_ext"]
+
+
+def test_the_same_sources_make_the_same_bytes(source, tmp_path):
+    """In another folder, for another user's umask, from files of another time."""
+    again = tmp_path / "again" / "source"
+    shutil.copytree(source, again, copy_function=shutil.copyfile)  # gives no time and mode on
+    for path in again.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    build = [sys.executable, "-m", "build"]
+    for folder in (source, again):
+        run([*build, "."], folder, SOURCE_DATE_EPOCH="1000000000", LPSGD_CUDA="0")
+    (sdist,) = (again / "dist").glob("*.tar.gz")
+    (wheel,) = (again / "dist").glob("*.whl")
+    for path in (sdist, wheel):
+        assert path.read_bytes() == (source / "dist" / path.name).read_bytes(), path.name
+
+
+def test_the_changelog_begins_with_this_version():
+    """A release is described before it is made (release/test_dist.py sees that it is new)."""
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == lpsgd.__version__
 
 
 def test_build_without_openmp_says_so(source):
