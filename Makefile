@@ -5,6 +5,8 @@
 # make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
+# make sanitize  runs the C tests and those of the module under sanitizers and valgrind, half an hour
+# make coverage  says which lines of C and Python no test runs (docs/coverage.md)
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
 # make bench-save, make bench-compare  time ours, and say later what has become slower
@@ -18,7 +20,7 @@ VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
 .PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
-    bench-compare gpu gpu-sanitize install clean
+    bench-compare gpu gpu-sanitize install clean sanitize sanitize-gcc sanitize-clang coverage
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -72,6 +74,26 @@ gpu-sanitize: install
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=lpsgd_cuda \
 	    --report-api-errors no --target-processes application-only --error-exitcode 1 \
 	    $(IN_VENV) -m benchmarks.speed.gpu --sanitizer --output build/gpu-sanitize
+
+# TORCH's and Python's own objects are left behind at exit (by import torch alone), so that only the C
+# tests look for leaks.
+sanitize: sanitize-gcc sanitize-clang
+	$(MAKE) -C tests/c check-guard-pages
+	$(MAKE) -C tests/c check-threads
+	$(MAKE) -C tests/c check-memcheck
+
+SANITIZED := $(addprefix tests/test_,module.py param_groups.py refusals.py remembered.py limits.py \
+    optimizer.py low_precision.py amp.py conventions_malformed.py conventions_step.py)
+sanitize-gcc: ASAN := libasan.so
+sanitize-clang: ASAN := libclang_rt.asan-$(shell uname -m).so
+sanitize-gcc sanitize-clang: sanitize-%: install
+	sh tests/system_packages.sh clang clang-sanitizers cmocka valgrind
+	$(MAKE) -C tests/c check-sanitize CC=$*
+	CC=$* LPSGD_SANITIZE=1 LPSGD_CUDA=0 LPSGD_WERROR=1 $(IN_VENV) setup.py -q build_ext \
+	    --build-temp build/sanitize/$*-objects --build-lib build/sanitize/$*
+	LD_PRELOAD="$$($* -print-file-name=$(ASAN)) $$($* -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/$* \
+	    $(IN_VENV) -m pytest -p no:cacheprovider $(SANITIZED)
 
 lib:
 	$(MAKE) -C csrc
