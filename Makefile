@@ -6,7 +6,7 @@
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make sanitize  runs the C tests and those of the module under sanitizers and valgrind, half an hour
-# make coverage  says which lines of C and Python no test runs (docs/coverage.md)
+# make coverage  says which lines of C and Python no test runs
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
 # make bench-save, make bench-compare  time ours, and say later what has become slower
@@ -94,6 +94,21 @@ sanitize-gcc sanitize-clang: sanitize-%: install
 	LD_PRELOAD="$$($* -print-file-name=$(ASAN)) $$($* -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/$* \
 	    $(IN_VENV) -m pytest -p no:cacheprovider $(SANITIZED)
+
+# The module is built with the stand-in for nvcc, so that the driver's double can run its CUDA steps.
+coverage: install
+	sh tests/system_packages.sh cmocka
+	$(IN_VENV) -m pip install --quiet pytest-cov
+	rm -rf build/coverage
+	$(MAKE) -C tests/c check CC=gcc BUILD=$(CURDIR)/build/coverage/c CFLAGS='-O1 --coverage'
+	CC=gcc CFLAGS=--coverage LDFLAGS=--coverage NVCC=tests/c/nvcc_double.sh LPSGD_CUDA=1 \
+	    $(IN_VENV) setup.py -q build_ext --build-temp build/coverage/objects \
+	    --build-lib build/coverage/module
+	export PYTHONPATH=build/coverage/module COVERAGE_FILE=build/coverage/python; \
+	$(IN_VENV) -m pytest -p no:cacheprovider --cov=lpsgd --cov-report= tests && \
+	LD_LIBRARY_PATH=build/coverage/c/double $(IN_VENV) -m pytest -p no:cacheprovider --cov=lpsgd \
+	    --cov-append --cov-report=term-missing tests/cuda_host
+	sh tests/gcov.sh build/coverage
 
 lib:
 	$(MAKE) -C csrc
