@@ -322,7 +322,8 @@ def best_pivot(rows: Sequence[Row], lower_is_better: bool) -> float:
     is the best one at pivot 1, log lr* is a line over 1 / (p - 1), of slope -log pivot.
     """
     sign = -1.0 if lower_is_better else 1.0
-    best = [max(row.validation, key=lambda one: sign * np.nan_to_num(one[1]))[0] for row in rows]
+    measured = [[one for one in row.validation if np.isfinite(one[1])] for row in rows]
+    best = [max(row, key=lambda one: sign * one[1])[0] for row in measured]
     slope, _ = np.polyfit([1 / (float(r.settings["p"]) - 1) for r in rows], np.log(best), 1)
     return float(np.exp(-slope))
 
