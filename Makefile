@@ -6,6 +6,8 @@
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make docs    builds the documentation site in build/docs
+# make sanitize  runs the C tests and those of the module under sanitizers and valgrind, half an hour
+# make coverage  says which lines of C and Python no test runs
 # make golden  compares the bits from two compilers at every level on four processors, in minutes
 # make exhaustive  measures the error of every float32, in twenty minutes on two cores
 # make lib     builds csrc as a static library with a pkg-config file
@@ -22,7 +24,8 @@ VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
 .PHONY: demo experiments experiments-small notebooks test test-frameworks docs lib bench bench-save \
-    bench-compare gpu gpu-sanitize install wheel test-wheel clean
+    bench-compare gpu gpu-sanitize sanitize sanitize-gcc sanitize-clang coverage \
+    install wheel test-wheel clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
@@ -87,6 +90,40 @@ gpu-sanitize: install
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=lpsgd_cuda \
 	    --report-api-errors no --target-processes application-only --error-exitcode 1 \
 	    $(IN_VENV) -m benchmarks.speed.gpu --sanitizer --output build/gpu-sanitize
+
+# PyTorch and Python leave objects of their own behind at exit, so that only the C tests look for leaks.
+sanitize: sanitize-gcc sanitize-clang
+	$(MAKE) -C tests/c check-guard-pages
+	$(MAKE) -C tests/c check-threads
+	$(MAKE) -C tests/c check-memcheck
+
+SANITIZED := $(addprefix tests/test_,module.py param_groups.py refusals.py remembered.py limits.py \
+    optimizer.py low_precision.py amp.py conventions_malformed.py conventions_step.py)
+sanitize-gcc: ASAN := libasan.so
+sanitize-clang: ASAN := libclang_rt.asan-$(shell uname -m).so
+sanitize-gcc sanitize-clang: sanitize-%: install
+	sh tests/system_packages.sh clang clang-sanitizers cmocka valgrind
+	$(MAKE) -C tests/c check-sanitize CC=$*
+	CC=$* LPSGD_SANITIZE=1 LPSGD_CUDA=0 LPSGD_WERROR=1 $(IN_VENV) setup.py -q build_ext \
+	    --build-temp build/sanitize/$*-objects --build-lib build/sanitize/$*
+	LD_PRELOAD="$$($* -print-file-name=$(ASAN)) $$($* -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/$* \
+	    $(IN_VENV) -m pytest -p no:cacheprovider $(SANITIZED)
+
+# The module is built with the stand-in for nvcc, so that the driver's double can run its CUDA steps.
+coverage: install
+	sh tests/system_packages.sh cmocka
+	$(IN_VENV) -m pip install --quiet pytest-cov
+	rm -rf build/coverage
+	$(MAKE) -C tests/c check CC=gcc BUILD=$(CURDIR)/build/coverage/c CFLAGS='-O1 --coverage'
+	CC=gcc CFLAGS=--coverage LDFLAGS=--coverage NVCC=tests/c/nvcc_double.sh LPSGD_CUDA=1 \
+	    $(IN_VENV) setup.py -q build_ext --build-temp build/coverage/objects \
+	    --build-lib build/coverage/module
+	export PYTHONPATH=build/coverage/module COVERAGE_FILE=build/coverage/python; \
+	$(IN_VENV) -m pytest -p no:cacheprovider --cov=lpsgd --cov-report= tests && \
+	LD_LIBRARY_PATH=build/coverage/c/double $(IN_VENV) -m pytest -p no:cacheprovider --cov=lpsgd \
+	    --cov-append --cov-report=term-missing tests/cuda_host
+	sh tests/gcov.sh build/coverage
 
 lib:
 	$(MAKE) -C csrc

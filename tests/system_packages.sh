@@ -13,6 +13,9 @@ has() {
 import os, sysconfig
 raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" ;;
     clang) command -v clang ;;
+    clang-sanitizers) echo '#include <omp.h>' | clang -fopenmp -E - &&
+        [ -e "$(clang -print-file-name="libclang_rt.asan-$(uname -m).so")" ] ;;
+    valgrind) command -v valgrind ;;
     pkg-config) command -v pkg-config ;;
     cmocka) echo '#include <stdarg.h>
 #include <stddef.h>
@@ -29,6 +32,8 @@ packages_of() {
     python-venv) echo python3-venv ;;
     python-dev) echo python3-dev ;;
     clang) echo clang ;;
+    clang-sanitizers) echo libclang-rt-dev libomp-dev ;;
+    valgrind) echo valgrind ;;
     pkg-config) echo pkg-config ;;
     cmocka) echo libcmocka-dev ;;
     qemu-user) echo qemu-user ;;

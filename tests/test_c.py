@@ -10,6 +10,7 @@ from helpers import ROOT, tool
 
 NEEDS = {
     "check": ["cc", "pkg-config"],
+    "check-guard-pages": ["cc", "pkg-config"],
     "check-sanitize": ["gcc"],
     "check-example": ["cc", "pkg-config"],
     "check-old-cpu": ["gcc", "qemu-x86_64"],
@@ -41,7 +42,7 @@ def has_cmocka():
 def test_c(target):
     for name in NEEDS[target]:
         tool(name)
-    if target in ("check", "check-sanitize") and not has_cmocka():
+    if target in ("check", "check-guard-pages", "check-sanitize") and not has_cmocka():
         pytest.skip("cmocka is not installed")
     # Debian's clang comes without the sanitizers' runtime.
     make(target, *(["CC=gcc"] if target == "check-sanitize" else []))
