@@ -161,6 +161,7 @@ wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/release/tools.txt
 wheel: export LPSGD_OPENMP := 1
 wheel: export LPSGD_WERROR := 1
+wheel: export LDSHARED := $(CC) -shared # a Python from elsewhere would leave its folder in the module
 wheel: $(RELEASE_VENV)/.tools
 	rm -rf build/wheel dist python/*.egg-info
 	umask 022; $(IN_RELEASE) python -m build --outdir build/wheel
