@@ -228,7 +228,7 @@ static unsigned damage(lists *all, lpsgd_dtype *dtype, int has_momentum, source 
     default:
         if (!all->count || !b->numel)
             return 0;
-        *pointer = (char *)*pointer + 1;
+        *pointer = (char *)*pointer + lpsgd_itemsize(array == 2 ? all->kind.momentum_dtype : *dtype) / 2;
         return 1u << LPSGD_ERROR_ALIGNMENT;
     }
 }
