@@ -5,6 +5,7 @@
 # make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
+# make fuzz    runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
 # make bench-save, make bench-compare  time ours, and say later what has become slower
@@ -17,15 +18,20 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
+.PHONY: demo experiments experiments-small notebooks test fuzz test-frameworks lib bench bench-save \
     bench-compare gpu gpu-sanitize install clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
 
 test: install
-	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64
+	sh tests/system_packages.sh clang libfuzzer cmocka pkg-config qemu-user cross-aarch64
 	$(IN_VENV) -m pytest
+
+fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60)
+fuzz: install
+	sh tests/system_packages.sh clang libfuzzer
+	$(IN_VENV) -m pytest -q -s tests/fuzz
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks

@@ -13,6 +13,7 @@ has() {
 import os, sysconfig
 raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" ;;
     clang) command -v clang ;;
+    libfuzzer) test -e "$(clang -print-resource-dir)/lib/linux/libclang_rt.fuzzer-$(uname -m).a" ;;
     pkg-config) command -v pkg-config ;;
     cmocka) echo '#include <stdarg.h>
 #include <stddef.h>
@@ -29,6 +30,7 @@ packages_of() {
     python-venv) echo python3-venv ;;
     python-dev) echo python3-dev ;;
     clang) echo clang ;;
+    libfuzzer) echo libclang-rt-dev ;;
     pkg-config) echo pkg-config ;;
     cmocka) echo libcmocka-dev ;;
     qemu-user) echo qemu-user ;;

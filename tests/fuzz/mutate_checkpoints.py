@@ -3,10 +3,10 @@
 
     mutate_checkpoints.py [--count COUNT | --seconds SECONDS] [--first FIRST]
 
-does many and prints how many there were, and what came of them. Loading, and the step after it, must
-work or raise an exception that a user can read; what raised must have changed nothing. Run as a
-process of its own, so that a crash of the interpreter is seen; then `progress` holds the number of
-the mutation that it died of.
+does many and prints how many there were, and what came of them. Loading, and the step after it,
+must work or raise an exception that a user can read; what raised must have changed nothing. Run as
+a process of its own, so that a crash of the interpreter is seen; the file PROGRESS (--progress) then
+holds the number of the mutation that it died of.
 """
 
 import argparse
@@ -223,7 +223,9 @@ def one(number):
     optimizer, schedule = make(chance)
     checkpoint = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     checkpoint = copy.deepcopy(checkpoint)
-    how = chance.choice(["values", "values", "values", "pickled object", "file", "record", "old file"])
+    how = chance.choice(
+        ["values", "values", "values", "pickled object", "file", "record", "old file"]
+    )
     if how == "pickled object":
         state = copy.deepcopy(optimizer.__getstate__())
         mutate(state, chance)
