@@ -356,8 +356,9 @@ def test_a_report_has_each_method_and_marks_what_lies_at_the_edge(study, tmp_pat
     text = report.table(report.read(file))
     assert text.count("| LPSGDM p=2 | ") == 1 and text.count("| LPSGDM p=∞ | ") == 1
     assert text.count("*") > 2
-    (picture,) = report.draw(report.read(file), tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    page = report.section(file, tmp_path)
+    assert text in page and "(study.json)" in page and "(study.png)" in page
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_whose_loss_is_not_finite_ends_early_and_never_wins(study, tmp_path):
@@ -426,3 +427,14 @@ def test_any_network_is_compared_on_its_own_data():
 def test_welch_finds_a_difference_only_where_there_is_one():
     assert report.welch([1.0, 1.1, 0.9], [2.0, 2.1, 1.9]) < 0.001
     assert report.welch([1.0, 1.1, 0.9], [1.05, 1.0, 0.95]) > 0.5
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_the_best_pivot_joins_the_best_lr_of_every_p(lower_is_better):
+    def row(p, best):
+        values = {best / 3: 2.0, best: 1.0 if lower_is_better else 3.0, best * 3: math.nan}
+        settings = {"p": p}
+        return report.Row("", "", 0.0, False, [], {}, settings, [*values.items()])
+
+    rows = [row(p, 1e-3 * 1e-4 ** (-1 / (p - 1))) for p in (2.0, 3.0, 6.0, math.inf)]
+    assert report.best_pivot(rows, lower_is_better) == pytest.approx(1e-4)

@@ -5,7 +5,7 @@
 
 does many and prints how many there were, and what came of them. Loading, and the step after it,
 must work or raise an exception that a user can read; what raised must have changed nothing. Run as
-a process of its own, so that a crash of the interpreter is seen; the file PROGRESS (--progress) then
+a process of its own, so that a crash of the interpreter is seen; the file of --progress then
 holds the number of the mutation that it died of.
 """
 
