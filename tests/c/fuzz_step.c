@@ -54,7 +54,7 @@ static int take_one_in(source *from, int n)
 static double take_double(source *from, const double *likely, int count)
 {
     const uint64_t choice = take(from, 1);
-    if (choice < 192)
+    if (choice < 240)
         return likely[choice % (uint64_t)count];
     const uint64_t bits = take(from, 8);
     double value;
@@ -161,7 +161,7 @@ static lists take_lists(source *from)
     for (int64_t i = 0; i < all.count; i++) {
         lpsgd_buffer *b = &all.actual[i], *c = &all.expected[i];
         const int64_t size = (int64_t)take(from, 2);
-        b->numel = size % 16 ? size / 16 % small : size / 16 * 11 % large;
+        b->numel = size % 8 ? size / 8 % small : size / 8 * 11 % large;
         b->stream = take(from, 1);
         b->index = take(from, 1) % 2 ? take(from, 8) : 0;
         *c = *b;
@@ -291,8 +291,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     lpsgd_hyper hyper = take_hyper(&from);
     const int has_momentum = !take_one_in(&from, 3);
-    const int num_threads = (int)(int8_t)take(&from, 1) % 9;
-    const int kernel = (int)(take(&from, 1) % (uint64_t)(kernel_count + 1)) - 1; /* -1: the driver */
+    const int num_threads = (int)(take(&from, 1) % 9) - 1;
+    const int choice = (int)(take(&from, 1) % (uint64_t)(2 * kernel_count));
+    const int kernel = choice < kernel_count ? choice : -1; /* -1: the driver */
     const int damaged = take_one_in(&from, 8);
     omp_threads = 1 + (int)take(&from, 1) % 8;
 

@@ -239,6 +239,8 @@ class OptimizerMachine(RuleBasedStateMachine):
                 torch.tensor(0.25) if value == "tensor" else value
             )
 
+    # What raises in a schedule that drives itself does so after the step.
+    @precondition(lambda self: not getattr(self.actual.schedule, "every_step", False))
     @rule(name=st.sampled_from(sorted(BAD_VALUES)), last=st.booleans())
     def step_with_a_bad_value(self, name, last):
         for side in (self.actual, self.twin):
@@ -405,7 +407,7 @@ def test_a_life_is_the_same_in_c_and_in_pytorchs_operations(cls):
     counts = collections.Counter()
     machine = type(cls.__name__ + "Machine", (OptimizerMachine,), {"cls": cls, "counts": counts})
     usual = settings(
-        max_examples=30,
+        max_examples=200,
         stateful_step_count=30,
         deadline=None,
         database=None,
