@@ -193,13 +193,18 @@ class OptimizerMachine(RuleBasedStateMachine):
                     grad = random_like(param.shape, param.dtype, seed + i)
                     param.grad = GRADS[how](LAYOUTS["contiguous"](grad))
 
-    @rule(times=st.integers(1, 3))
-    def step(self, times):
-        for _ in range(times):
+    @rule(times=st.integers(1, 3), seed=st.integers(0, 99), fresh=st.booleans())
+    def step(self, times, seed, fresh):
+        for n in range(times):
+            for i, (a, b) in enumerate(zip(self.actual.params, self.twin.params, strict=True)):
+                if fresh and a.requires_grad:
+                    a.grad = random_like(a.shape, a.dtype, seed + 10 * n + i)
+                    b.grad = a.grad.clone()
             old = [param.detach().clone() for param in self.twin.params]
             if not self.both(lambda side: side.optimizer.step()):
                 return self.mend()
             self.counts["steps"] += 1
+            self.counts["updates"] += sum(param.grad is not None for param in self.actual.params)
             self.compare(old)
 
     def compare(self, old):
