@@ -79,8 +79,9 @@ def _check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {text}: {value}")
     if values.get("momentum_dtype") not in (None, *_FLOAT32):
         raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
-    if not isinstance(values["seed"], int):
-        raise TypeError(f"seed must be an int, not {type(values['seed']).__name__}")
+    for name in ("seed", "rounding_step"):
+        if not isinstance(value := values.get(name, 0), int):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if values["fused"] and values["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     for name in ("fused", "foreach", "stochastic_rounding"):

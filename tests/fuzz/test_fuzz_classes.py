@@ -138,7 +138,6 @@ class OptimizerMachine(RuleBasedStateMachine):
     @initialize(data=st.data())
     def make(self, data):
         self.counts["sequences"] += 1
-        self.mended = {}
         groups = [self.draw_group(data) for _ in range(data.draw(st.integers(1, 2)))]
         more = {"momentum": 0.5} if self.cls is lpsgd.LPSGDM else {}
         if more and data.draw(st.booleans()):
@@ -161,7 +160,15 @@ class OptimizerMachine(RuleBasedStateMachine):
             Parameter(LAYOUTS[layout](random_like(shape, dtype, seed)))
             for shape, layout, seed in tensors
         ]
-        return {"params": params, "lr": 0.1}
+        names = [name for name in self.names() if data.draw(st.booleans())]
+        return {"params": params, **{name: self.draw_value(data, name) for name in names}}
+
+    def names(self):
+        return [n for n in VALUES if n != "momentum" or self.cls is lpsgd.LPSGDM]
+
+    def draw_value(self, data, name):
+        value = data.draw(st.sampled_from(VALUES[name]))
+        return torch.tensor(0.25) if value == "tensor" else value
 
     def both(self, action):
         """Does it to both; what is raised must be raised by both. Returns whether it worked."""
@@ -200,12 +207,16 @@ class OptimizerMachine(RuleBasedStateMachine):
                 if fresh and a.requires_grad:
                     a.grad = random_like(a.shape, a.dtype, seed + 10 * n + i)
                     b.grad = a.grad.clone()
-            old = [param.detach().clone() for param in self.twin.params]
-            if not self.both(lambda side: side.optimizer.step()):
-                return self.mend()
+            self.step_both()
+
+    def step_both(self):
+        old = [param.detach().clone() for param in self.twin.params]
+        if self.both(lambda side: side.optimizer.step()):
             self.counts["steps"] += 1
             self.counts["updates"] += sum(param.grad is not None for param in self.actual.params)
             self.compare(old)
+        else:
+            self.mend()
 
     def compare(self, old):
         assert clock(self.actual.optimizer) == clock(self.twin.optimizer)
@@ -236,26 +247,20 @@ class OptimizerMachine(RuleBasedStateMachine):
     def change_a_value(self, data):
         self.counts["changes"] += 1
         i = data.draw(st.integers(0, len(self.actual.optimizer.param_groups) - 1))
-        names = [n for n in VALUES if n in self.actual.optimizer.param_groups[i]]
-        name = data.draw(st.sampled_from(names))
-        value = data.draw(st.sampled_from(VALUES[name]))
+        name = data.draw(st.sampled_from(self.names()))
+        value = self.draw_value(data, name)
         for side in (self.actual, self.twin):
-            side.optimizer.param_groups[i][name] = (
-                torch.tensor(0.25) if value == "tensor" else value
-            )
+            side.optimizer.param_groups[i][name] = copy.deepcopy(value)
 
-    # What raises in a schedule that drives itself does so after the step.
-    @precondition(lambda self: not getattr(self.actual.schedule, "every_step", False))
     @rule(name=st.sampled_from(sorted(BAD_VALUES)), last=st.booleans())
     def step_with_a_bad_value(self, name, last):
         for side in (self.actual, self.twin):
             group = side.optimizer.param_groups[-last]
             group["kept"], group[name] = group[name], BAD_VALUES[name]
-        self.both(lambda side: side.optimizer.step())
+        self.step_both()
         for side in (self.actual, self.twin):
             group = side.optimizer.param_groups[-last]
             group[name] = group.pop("kept")
-        self.mend()
 
     @rule(data=st.data())
     def add_a_group(self, data):
@@ -370,15 +375,16 @@ class OptimizerMachine(RuleBasedStateMachine):
         self.both(load)
         self.counts["loads"] += 1
 
-    @rule(every_step=st.booleans(), total=st.integers(1, 9), by_function=st.booleans())
-    def schedule(self, every_step, total, by_function):
+    # No cosine that drives itself: where a group's p has none, it says so after the step is made.
+    @rule(how=st.sampled_from(["cosine", "function", "every step"]), total=st.integers(1, 9))
+    def schedule(self, how, total):
         def make(side):
-            if by_function:
-                side.schedule = lpsgd.LambdaP(
-                    side.optimizer, lambda k: 2.0 + k % 3, every_step=every_step
-                )
+            if how == "cosine":
+                side.schedule = lpsgd.CosineAnnealingP(side.optimizer, total)
             else:
-                side.schedule = lpsgd.CosineAnnealingP(side.optimizer, total, every_step=every_step)
+                side.schedule = lpsgd.LambdaP(
+                    side.optimizer, lambda k: 2.0 + k % total, every_step=how == "every step"
+                )
 
         self.both(make)
 
