@@ -8,6 +8,7 @@
 # make docs    builds the documentation site in build/docs
 # make sanitize  runs the C tests and those of the module under sanitizers and valgrind, half an hour
 # make coverage  says which lines of C and Python no test runs
+# make fuzz    runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
 # make golden  compares the bits from two compilers at every level on four processors, in minutes
 # make exhaustive  measures the error of every float32, in twenty minutes on two cores
 # make lib     builds csrc as a static library with a pkg-config file
@@ -23,16 +24,22 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test test-frameworks docs lib bench bench-save \
-    bench-compare gpu gpu-sanitize sanitize sanitize-gcc sanitize-clang coverage \
+.PHONY: demo experiments experiments-small notebooks test fuzz test-frameworks docs lib bench \
+    bench-save bench-compare gpu gpu-sanitize sanitize sanitize-gcc sanitize-clang coverage \
     install wheel test-wheel clean
 
 demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
 
 test: install
-	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64 cross-s390x
+	sh tests/system_packages.sh clang libfuzzer cmocka pkg-config qemu-user cross-aarch64 \
+	    cross-s390x
 	$(IN_VENV) -m pytest
+
+fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60)
+fuzz: install
+	sh tests/system_packages.sh clang libfuzzer
+	$(IN_VENV) -m pytest -q -s tests/fuzz
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks

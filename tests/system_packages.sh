@@ -16,6 +16,7 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 
     clang-sanitizers) echo '#include <omp.h>' | clang -fopenmp -E - &&
         [ -e "$(clang -print-file-name="libclang_rt.asan-$(uname -m).so")" ] ;;
     valgrind) command -v valgrind ;;
+    libfuzzer) test -e "$(clang -print-resource-dir)/lib/linux/libclang_rt.fuzzer-$(uname -m).a" ;;
     pkg-config) command -v pkg-config ;;
     cmocka) echo '#include <stdarg.h>
 #include <stddef.h>
@@ -34,6 +35,7 @@ packages_of() {
     clang) echo clang ;;
     clang-sanitizers) echo libclang-rt-dev libomp-dev ;;
     valgrind) echo valgrind ;;
+    libfuzzer) echo libclang-rt-dev ;;
     pkg-config) echo pkg-config ;;
     cmocka) echo libcmocka-dev ;;
     qemu-user) echo qemu-user ;;

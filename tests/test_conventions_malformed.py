@@ -184,3 +184,41 @@ def test_a_state_that_is_no_dict_is_refused_and_no_buffer_made(implementation):
             optimizer.step()
         assert [plain(param).tolist() for param in params] == before
         assert list(optimizer.state) == [params[2]] and optimizer.state[params[2]] is wrong
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_parameter_of_integers_is_refused_and_no_state_made(rounds):
+    params = [Parameter(torch.ones(SHAPE)), torch.ones(SHAPE, dtype=torch.int32)]
+    optimizer = lpsgd.LPSGDM(params, lr=0.1, foreach=False, stochastic_rounding=rounds)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match=r"cannot step parameters of torch\.int32"):
+        optimizer.step()
+    assert not optimizer.state and "rounding_step" not in optimizer.param_groups[0]
+    assert all(bool((param == 1).all()) for param in params)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "forloop"])
+def test_a_number_of_steps_that_is_none_is_refused_before_the_step(implementation):
+    params, optimizer = build([False] * 4, {"stochastic_rounding": True})
+    for group in optimizer.param_groups:
+        group.update(IMPLEMENTATIONS[implementation], rounding_step="one")
+    before = snapshot(params, optimizer)
+    with pytest.raises(TypeError, match="rounding_step must be an int, not str"):
+        optimizer.step()
+    assert snapshot(params, optimizer) == before
+
+
+@pytest.mark.parametrize("beyond", [{"lr": 1e300}, {"eps": 1e300}, {"pivot": 1e-320, "p": 2.0}])
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_float32_cannot_hold_is_infinite(implementation, beyond, rounds):
+    param = Parameter(torch.ones(2))
+    how = {"lr": 0.1, "weight_decay": 0.1, "stochastic_rounding": rounds, **beyond}
+    optimizer = lpsgd.LPSGDM([param], **how, **IMPLEMENTATIONS[implementation])
+    param.grad = torch.tensor([1.0, -1.0])
+    optimizer.step()
+    expected = [0.99, 0.99] if "eps" in beyond else [-torch.inf, torch.inf]
+    if "lr" in beyond:  # the decay's -inf less the update's inf, and more
+        expected = [-torch.inf, torch.nan]
+    torch.testing.assert_close(param.detach(), torch.tensor(expected), equal_nan=True)

@@ -854,3 +854,18 @@ def test_it_resumes_from_a_distributed_checkpoint(every_step):
         optim_state_dict=copy.deepcopy(optimizer_state),
     )
     assert advance(resumed, resumed_schedule, 9) == advance(groups, schedule, 9)
+
+
+def test_a_schedule_that_cannot_load_or_step_stays_as_it_was():
+    optimizer = lpsgd.LPSGD([torch.nn.Parameter(torch.zeros(1))])
+    schedule = lpsgd.CosineAnnealingP(optimizer, 9)
+    optimizer.step()
+    before = schedule.state_dict()
+    with pytest.raises(ValueError, match="Invalid p_min"):
+        schedule.load_state_dict({**before, "p_min": 1.0})
+    assert schedule.state_dict() == before
+    schedule.load_state_dict({**before, "_step_count": None})
+    group = {**optimizer.param_groups[0]}
+    with pytest.raises(TypeError):
+        schedule.step()
+    assert optimizer.param_groups[0] == group

@@ -9,7 +9,9 @@ own operations raise. bfloat16 and float16 are computed in float32 with one roun
 C.
 """
 
+import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch import Tensor
 import lpsgd_ext
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+_Number = TypeVar("_Number", float, Tensor, float | Tensor)
 
 _LOW_32 = 0xFFFFFFFF
 
@@ -94,6 +98,22 @@ def _grad_factor(grad_scale: float, maximize: bool) -> float:
     return -inverse if maximize else inverse
 
 
+def _unit(p: float, pivot: float) -> float:
+    """The pivot's factor; infinite where a float64 cannot hold it, as in C."""
+    try:
+        return math.pow(pivot, -1.0 / (p - 1.0))
+    except OverflowError:
+        return math.inf
+
+
+def _fit(x: _Number, dtype: torch.dtype) -> _Number:
+    """A number beyond a dtype's range as infinity, as in C. PyTorch's operations would raise, when
+    some have been made."""
+    if isinstance(x, Tensor) or abs(x) <= torch.finfo(dtype).max:
+        return x
+    return math.copysign(math.inf, x) if x == x else x
+
+
 def for_loop(
     params: list[Tensor],
     grads: list[Tensor],
@@ -124,7 +144,7 @@ def for_loop(
         tensor([-2.,  1.])
     """
     rho = lpsgd_ext.rho(p)
-    step_size = lr * pivot ** (-1.0 / (p - 1.0))
+    step_size = lr * _unit(p, pivot)
     factor = _grad_factor(grad_scale, maximize)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         buffer = momentum_buffers[i] if momentum_buffers is not None else None
@@ -153,13 +173,13 @@ def for_loop(
             if m is not buffer:
                 _store(buffer, m, None if random is None else random >> 16)
         if isinstance(lr, Tensor) or lr != 0.0:
-            u = _direction(x, rho, eps)  # eq 21, 24
+            u = _direction(x, rho, _fit(eps, x.dtype))  # eq 21, 24
             if weight_decay != 0.0:  # eq 25
-                w.mul_(1.0 - lr * weight_decay)
+                w.mul_(_fit(1.0 - lr * weight_decay, w.dtype))
             if isinstance(step_size, Tensor):  # eq 22, 25
                 w.addcmul_(u, step_size.to(w.dtype), value=-1.0)
             else:
-                w.add_(u, alpha=-step_size)
+                w.add_(u, alpha=-_fit(step_size, w.dtype))
             if half:
                 _store(param, w, None if random is None else random & 0xFFFF)
         for tensor, stepped in conjugated:
@@ -191,7 +211,7 @@ def foreach(
     if not params:
         return
     rho = lpsgd_ext.rho(p)
-    step_size = lr * pivot ** (-1.0 / (p - 1.0))
+    step_size = lr * _unit(p, pivot)
     half = params[0].dtype in HALF_DTYPES
     ws = [param.float() for param in params] if half else params
     factor = _grad_factor(grad_scale, maximize)
@@ -207,12 +227,12 @@ def foreach(
             torch._foreach_copy_(momentum_buffers, ms)
     if not isinstance(lr, Tensor) and lr == 0.0:
         return
-    us = _directions(xs, rho, eps)  # eq 21, 24
+    us = _directions(xs, rho, _fit(eps, xs[0].dtype))  # eq 21, 24
     if weight_decay != 0.0:  # eq 25
-        torch._foreach_mul_(ws, 1.0 - lr * weight_decay)
+        torch._foreach_mul_(ws, _fit(1.0 - lr * weight_decay, ws[0].dtype))
     if isinstance(step_size, Tensor):  # eq 22, 25
         torch._foreach_sub_(ws, torch._foreach_mul(us, step_size))
     else:
-        torch._foreach_add_(ws, us, alpha=-step_size)
+        torch._foreach_add_(ws, us, alpha=-_fit(step_size, ws[0].dtype))
     if half:
         torch._foreach_copy_(params, ws)

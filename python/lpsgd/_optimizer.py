@@ -43,6 +43,7 @@ from ._routing import (
 )
 
 _States = deque[tuple[Tensor, dict[str, Any]]]
+_Fresh = dict[Tensor, Tensor]  # the buffers that a step makes, by their parameters
 _Gathered = tuple[int, Lists, list[int]]  # a group's index, its lists, its parameters' numbers
 
 _P = ParamSpec("_P")
@@ -78,8 +79,9 @@ def _check_values(values: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {text}: {value}")
     if values.get("momentum_dtype") not in (None, *_FLOAT32):
         raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
-    if not isinstance(values["seed"], int):
-        raise TypeError(f"seed must be an int, not {type(values['seed']).__name__}")
+    for name in ("seed", "rounding_step"):
+        if not isinstance(value := values.get(name, 0), int):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if values["fused"] and values["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     for name in ("fused", "foreach", "stochastic_rounding"):
@@ -213,11 +215,11 @@ class _LPOptimizer(Optimizer):
     def _prepare_load(self, state_dict: dict[str, Any]) -> None:
         """Looks at a state_dict that is being loaded, after all other hooks."""
 
-    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> Lists:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: _Fresh) -> Lists:
         """The parameters that have a gradient, their gradients and what the state holds.
 
         `known` has the states that no earlier group of this step took, in their order. `fresh` gets
-        the parameters whose state is made.
+        what the state will hold if the step is made.
         """
         raise NotImplementedError
 
@@ -290,26 +292,21 @@ class _LPOptimizer(Optimizer):
 
     def _checked_step(self) -> None:
         known: _States = deque(self.state.items())
-        fresh: list[Tensor] = []
+        fresh: _Fresh = {}
         gathered: list[_Gathered] = []
         first = 0
-        try:
-            for i, group in enumerate(self.param_groups):
-                lists = self._gather(group, known, fresh)
-                streams: list[int] = []
-                if group["stochastic_rounding"]:
-                    numbered = enumerate(group["params"], first)
-                    streams = [i for i, param in numbered if param.grad is not None]
-                first += len(group["params"])
-                if lists[0]:
-                    gathered.append((i, lists, streams))
-            calls = self._prepare(gathered)
-        except BaseException:
-            for param in fresh:
-                del self.state[param]["momentum_buffer"]
-                if not self.state[param]:
-                    del self.state[param]
-            raise
+        for i, group in enumerate(self.param_groups):
+            lists = self._gather(group, known, fresh)
+            streams: list[int] = []
+            if group["stochastic_rounding"]:
+                numbered = enumerate(group["params"], first)
+                streams = [i for i, param in numbered if param.grad is not None]
+            first += len(group["params"])
+            if lists[0]:
+                gathered.append((i, lists, streams))
+        calls = self._prepare(gathered)
+        for param, buffer in fresh.items():
+            self.state[param]["momentum_buffer"] = buffer
         self._write(gathered, calls)
 
     def _found_inf(self) -> bool:
@@ -331,7 +328,8 @@ class _LPOptimizer(Optimizer):
             call()
         for i, *_ in gathered:
             if self.param_groups[i]["stochastic_rounding"] and not changes_nothing(self):
-                self.param_groups[i]["rounding_step"] += 1
+                group = self.param_groups[i]
+                group["rounding_step"] = group.get("rounding_step", 0) + 1
 
     def _calls(
         self, group: dict[str, Any], lists: Lists, streams: list[int], alone: bool
@@ -350,7 +348,7 @@ class _LPOptimizer(Optimizer):
         stochastic = group["stochastic_rounding"]
         rounding = {}
         if stochastic:
-            rounding = {"seed": group["seed"], "step": group.setdefault("rounding_step", 0)}
+            rounding = {"seed": group["seed"], "step": group.get("rounding_step", 0)}
         fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
         by_default = fused is None and foreach is None
         in_c = not differentiable and (fused or (by_default and not observed()))
@@ -495,7 +493,7 @@ class LPSGD(_LPOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> Lists:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: _Fresh) -> Lists:
         params = [param for param in group["params"] if param.grad is not None]
         return [params, [param.grad for param in params]]
 
@@ -607,7 +605,7 @@ class LPSGDM(_LPOptimizer):
                     dtype = momentum_dtype_of(param, momentum_float32=True)
                     self.state[param]["momentum_buffer"] = loading[param].to(param.device, dtype)
 
-    def _gather(self, group: dict[str, Any], known: _States, fresh: list[Tensor]) -> Lists:
+    def _gather(self, group: dict[str, Any], known: _States, fresh: _Fresh) -> Lists:
         params, grads, momentum_buffers = [], [], []
         for param in group["params"]:
             # A look-up calls Tensor.__hash__, which is slow; most states come in order.
@@ -616,15 +614,15 @@ class LPSGDM(_LPOptimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if state is None:
-                state = self.state[param]
+            if not in_order:
+                state = self.state.get(param, {})
             if not isinstance(state, dict):
                 raise TypeError(f"a parameter's state must be a dict, not {type(state).__name__}")
             buffer = state.get("momentum_buffer")
             if buffer is None:
-                buffer = _new_buffer(group, param)
-                state["momentum_buffer"] = buffer
-                fresh.append(param)
+                if param not in fresh:
+                    fresh[param] = _new_buffer(group, param)
+                buffer = fresh[param]
             params.append(param)
             grads.append(grad)
             momentum_buffers.append(buffer)

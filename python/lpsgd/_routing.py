@@ -131,6 +131,8 @@ def check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
                 "Expected all tensors to be on the same device, "
                 f"but found at least two devices, {param.device} and {tensor.device}!"
             )
+    if param.dtype not in _NATIVE_DTYPES and not param.is_complex():
+        raise RuntimeError(f"LPSGD and LPSGDM cannot step parameters of {param.dtype}")
     if grad.is_complex() != param.is_complex():
         raise RuntimeError(f"a gradient of {grad.dtype} does not fit a parameter of {param.dtype}")
     for buffer in buffers:

@@ -126,8 +126,9 @@ class _PScheduler(LRScheduler):
     # torch.compile would compile anew for every value of the clock.
     @_outside_of_graphs
     def _advance(self, optimizer: Optimizer, epoch: int | None = None) -> None:
+        count = self._step_count + 1  # first: a loaded one may be no number
         self._set_p(optimizer, (_clock(optimizer) or 0) + 1 if epoch is None else epoch)
-        self._step_count += 1
+        self._step_count = count
 
     def _get_p(self, epoch: int, initial_p: list[float]) -> list[float]:
         """Every group's p after `epoch` steps."""
@@ -204,8 +205,14 @@ class _PScheduler(LRScheduler):
         """Goes on from a `state_dict`, also with the optimizer's `p`."""
         state = {**state_dict}
         last_epoch = state.pop("last_epoch")
+        before = {**self.__dict__}
         self.__dict__.update(state)
-        self._set_p(self.optimizer, last_epoch)
+        try:
+            self._set_p(self.optimizer, last_epoch)
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizer": self.optimizer}

@@ -3,7 +3,7 @@
  * test_step.c: the drivers against a plain loop over one element's arithmetic, bit for bit, on the
  * instruction set that LPSGD_CPU_CAPABILITY names; refused calls; limits of the hyper-parameters.
  */
-#include "helpers.h"
+#include "plain_loop.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -13,55 +13,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* The slow driver that judges the fast ones. */
-
-static float load_float(const void *buffer, lpsgd_dtype dtype, int64_t i)
-{
-    if (dtype == LPSGD_FLOAT32)
-        return ((const float *)buffer)[i];
-    const uint16_t half = ((const uint16_t *)buffer)[i];
-    return dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(half) : lpsgd_from_float16(half);
-}
-
-static void store_float(void *buffer, lpsgd_dtype dtype, int64_t i, float x, const lpsgd_scalars *k,
-                        uint32_t random16)
-{
-    uint16_t *half = buffer;
-    if (dtype == LPSGD_FLOAT32)
-        ((float *)buffer)[i] = x;
-    else if (dtype == LPSGD_FLOAT16)
-        half[i] = lpsgd_to_float16(x);
-    else if (k->stochastic_rounding)
-        half[i] = lpsgd_to_bfloat16_stochastic(x, random16);
-    else
-        half[i] = lpsgd_to_bfloat16(x);
-}
-
 static void reference_step(test_list *list, const lpsgd_hyper *hyper, int has_momentum)
 {
-    const lpsgd_dtype dtype = list->kind.dtype, momentum_dtype = list->kind.momentum_dtype;
     lpsgd_scalars k;
     assert_int_equal(lpsgd_fold(hyper, has_momentum, &k), LPSGD_OK);
-    for (const lpsgd_buffer *b = list->buffers; b < list->buffers + list->count; b++)
-        for (int64_t i = 0; i < b->numel; i++)
-            if (dtype == LPSGD_FLOAT64) {
-                double *param = b->param, *m = b->momentum_buffer;
-                double x = lpsgd_grad64(((const double *)b->grad)[i], &k);
-                if (has_momentum)
-                    m[i] = x = lpsgd_momentum64(m[i], x, &k);
-                param[i] = lpsgd_apply64(param[i], lpsgd_direction64(x, k.rule, &k), &k);
-            } else {
-                const float param = load_float(b->param, dtype, i);
-                const uint32_t random =
-                    lpsgd_random(lpsgd_key(k.rounding_key, b->stream), b->index + (uint64_t)i);
-                float x = lpsgd_grad(load_float(b->grad, dtype, i), &k);
-                if (has_momentum) {
-                    x = lpsgd_momentum(load_float(b->momentum_buffer, momentum_dtype, i), x, &k);
-                    store_float(b->momentum_buffer, momentum_dtype, i, x, &k, random >> 16);
-                }
-                const float u = lpsgd_direction(x, k.rule, &k);
-                store_float(b->param, dtype, i, lpsgd_apply(param, u, &k), &k, random & 0xffff);
-            }
+    plain_loop(list->buffers, list->count, list->kind, has_momentum, &k);
     canonicalize_nan(list);
 }
 
