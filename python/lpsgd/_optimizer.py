@@ -4,6 +4,7 @@
 import functools
 import inspect
 import itertools
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -121,7 +122,8 @@ def _compiled_step(
     self = _optimizers[optimizer]
     if not self._found_inf():
         gathered = [(group, lists, list(streams))]
-        self._write(gathered, self._prepare(gathered))
+        for call in self._prepare(gathered):
+            call()
 
 
 @_compiled_step.register_fake
@@ -303,14 +305,18 @@ class _LPOptimizer(Optimizer):
                 first += len(group["params"])
                 if lists[0]:
                     gathered.append((i, lists, streams))
+            if fresh and self._usual_step():  # all that was unusual may have been the states
+                return
             calls = self._prepare(gathered)
         except BaseException:
             for param in fresh:
-                del self.state[param]["momentum_buffer"]
-                if not self.state[param]:
-                    del self.state[param]
+                state = self.state.get(param, {})
+                state.pop("momentum_buffer", None)
+                if not state:
+                    self.state.pop(param, None)
             raise
-        self._write(gathered, calls)
+        for call in calls:
+            call()
 
     def _found_inf(self) -> bool:
         """Whether torch.amp.GradScaler found a gradient that is not finite, if the CPU knows."""
@@ -325,13 +331,6 @@ class _LPOptimizer(Optimizer):
             for i, lists, streams in gathered
             for call in self._calls(self.param_groups[i], lists, streams, alone)
         ]
-
-    def _write(self, gathered: Sequence[_Gathered], calls: list[Callable[[], None]]) -> None:
-        for call in calls:
-            call()
-        for i, *_ in gathered:
-            if self.param_groups[i]["stochastic_rounding"] and not changes_nothing(self):
-                self.param_groups[i]["rounding_step"] += 1
 
     def _calls(
         self, group: dict[str, Any], lists: Lists, streams: list[int], alone: bool
@@ -348,9 +347,14 @@ class _LPOptimizer(Optimizer):
         if group.get("momentum_dtype") in _FLOAT32:
             values["momentum_float32"] = True
         stochastic = group["stochastic_rounding"]
-        rounding = {}
+        rounding: dict[str, int] = {}
+        count: list[Callable[[], None]] = []  # the step, once it has been made
         if stochastic:
-            rounding = {"seed": group["seed"], "step": group.setdefault("rounding_step", 0)}
+            step = group.setdefault("rounding_step", 0)
+            rounding = {"seed": group["seed"], "step": step}
+            alone = False
+            if not changes_nothing(self):
+                count.append(partial(operator.setitem, group, "rounding_step", step + 1))
         fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
         by_default = fused is None and foreach is None
         in_c = not differentiable and (fused or (by_default and not observed()))
@@ -362,7 +366,7 @@ class _LPOptimizer(Optimizer):
             native = partial(self._native_step, lists, **values, **rounding, **numbers)
             try:
                 native(dry_run=not alone)
-                return [] if alone else [native]
+                return [] if alone else [native, *count]
             except lpsgd_ext.CudaError:
                 raise
             except (TypeError, ValueError, RuntimeError) as error:
@@ -402,7 +406,7 @@ class _LPOptimizer(Optimizer):
         written = [tensor for column in lists[::2] for tensor in column]
         if any(_shards.is_dtensor(tensor) for tensor in written):
             calls.append(partial(torch.autograd.graph.increment_version, written))
-        return calls
+        return calls + count
 
 
 class LPSGD(_LPOptimizer):
@@ -617,14 +621,14 @@ class LPSGDM(_LPOptimizer):
             if grad is None:
                 continue
             if state is None:
-                state = self.state[param]
+                state = self.state.get(param, {})
             if not isinstance(state, dict):
                 raise TypeError(f"a parameter's state must be a dict, not {type(state).__name__}")
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 buffer = _new_buffer(group, param)
-                state["momentum_buffer"] = buffer
                 fresh.append(param)
+                self.state.setdefault(param, state)["momentum_buffer"] = buffer
             params.append(param)
             grads.append(grad)
             momentum_buffers.append(buffer)
