@@ -3,6 +3,7 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -72,7 +73,13 @@ def versions(optimizer):
 
 def assert_not_stepped(optimizer, **keywords):
     before, old = copy.deepcopy(contents(optimizer)), versions(optimizer)
-    assert step(optimizer, **keywords) is False
+    values = [value for group in optimizer.param_groups for value in group.values()]
+    objects = [*params_of(optimizer), *values, None, True, False, optimizer.param_groups]
+    references = list(map(sys.getrefcount, objects))
+    for _ in range(50):
+        assert step(optimizer, **keywords) is False
+    for object, count in zip(objects, references, strict=True):  # others come and go by a few
+        assert abs(sys.getrefcount(object) - count) < 25, f"{object!r} is kept or lost"
     assert same_bits(contents(optimizer), before)
     assert versions(optimizer) == old
 

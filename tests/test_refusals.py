@@ -3,6 +3,7 @@
 
 import math
 import re
+import sys
 
 import pytest
 import torch
@@ -103,8 +104,13 @@ def assert_refused(lists, exception, message, **kwargs):
     ]
     before = [t.clone() for t in ordinary]
     versions = [t._version for t in ordinary]
-    with pytest.raises(exception, match=message):
-        call(lists, **kwargs)
+    objects = [*lists, *(t for tensors in lists for t in tensors), None, True, False, exception]
+    references = list(map(sys.getrefcount, objects))
+    for _ in range(50):
+        with pytest.raises(exception, match=message):
+            call(lists, **kwargs)
+    for object, old in zip(objects, references, strict=True):  # others come and go by a few
+        assert abs(sys.getrefcount(object) - old) < 25, f"{object!r} is kept or lost"
     for tensor, old, version in zip(ordinary, before, versions, strict=True):
         if tensor.dtype.is_floating_point and tensor.element_size() > 1:
             assert torch.equal(bits(tensor), bits(old))
