@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 # make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
+# make leaks   makes a million steps and looks at memory and references
 # make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
 # make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
@@ -17,7 +18,7 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test test-frameworks lib bench bench-save \
+.PHONY: demo experiments experiments-small notebooks test leaks test-frameworks lib bench bench-save \
     bench-compare gpu gpu-sanitize install clean
 
 demo: install
@@ -26,6 +27,10 @@ demo: install
 test: install
 	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64
 	$(IN_VENV) -m pytest
+
+leaks: install
+	LPSGD_LEAK_STEPS=1000000 $(IN_VENV) -m pytest -s tests/test_leaks.py \
+	    tests/test_allocation_failures.py tests/test_refusals.py tests/test_param_groups.py
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Steps among signals, forks, threads, interpreters that end and others that begin."""
 
-import subprocess
 import sys
 import threading
 
@@ -12,7 +11,7 @@ from torch.nn import Parameter
 import lpsgd
 from helpers import CLASSES, run, same_bits
 
-# What all programs start with. `pair` makes an optimizer whose step is large enough for two threads.
+# What all programs start with. `pair` makes an optimizer whose step is worth two threads.
 START = """
 import os, signal, sys, threading, torch, lpsgd
 torch.set_num_threads(2)
@@ -161,8 +160,7 @@ def test_64_threads_that_step_their_own_optimizers_have_the_bits_of_serial_runs(
 
 
 def test_64_threads_may_step_one_optimizer():
-    """Small lists of one thread are stepped one after the other within one call of the kernel each;
-    threads that meet in an element lose or repeat a step of it, and no more than that."""
+    """Nothing crashes; where two threads meet in an element, a step of it may be lost."""
     param = Parameter(torch.zeros(1000))
     param.grad = torch.ones(1000)
     optimizer = lpsgd.LPSGD([param], lr=1.0, p=torch.inf, eps=0.0)
@@ -182,7 +180,7 @@ def test_64_threads_may_step_one_optimizer():
         thread.join()
     assert not errors
     assert torch.equal(param, param.round())
-    assert -64 * 20 <= param.min() and param.max() <= -20
+    assert param.min() >= -64 * 20 and param.max() <= -20
 
 
 @pytest.mark.parametrize("daemon", ["", "threading.Thread(target=forever, daemon=True).start()"])

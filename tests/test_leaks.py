@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Memory and references after many steps: 20 000 each, or LPSGD_LEAK_STEPS (`make leaks`)."""
+
+import sys
+
+import pytest
+
+from helpers import run
+
+STEPS = """
+import gc, os, sys, torch, lpsgd
+torch.set_num_threads(1)
+params = [torch.nn.Parameter(torch.ones(n)) for n in (1, 7, 64)]
+for param in params:
+    param.grad = torch.ones_like(param)
+optimizer = lpsgd.{cls}([{{"params": params[:1]}}, {{"params": params[1:]}}], lr=1e-6, {how})
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def measure():
+    gc.collect()
+    known = [None, True, False, optimizer, *params, *(param.grad for param in params)]
+    references = sum(map(sys.getrefcount, known))
+    return references, len(gc.get_objects()), sys.getallocatedblocks(), resident()
+
+def step(count):
+    for _ in range(count):
+        optimizer.step()
+        {more}
+
+steps = int(os.environ.get("LPSGD_LEAK_STEPS", 20_000))
+step(steps // 10)
+before = measure()
+step(steps)
+growth = [b - a for a, b in zip(before, measure())]
+print("{cls}({how}):", steps, "steps; references, objects, blocks, bytes:", *growth)
+assert all(abs(one) < steps // 100 for one in growth[:3])
+assert growth[3] < 8 * steps + (1 << 20)
+"""
+
+
+@pytest.mark.parametrize(
+    "how, more",
+    [
+        ("", ""),
+        ("p=2.0", "for param in params: param.grad = param.grad.clone()"),
+        ("p=torch.tensor(4.0)", ""),
+        ("foreach=True", ""),
+    ],
+)
+@pytest.mark.parametrize("cls", ["LPSGD", "LPSGDM"])
+def test_many_steps_leave_memory_and_references_as_they_were(cls, how, more):
+    run([sys.executable, "-c", STEPS.format(cls=cls, how=how, more=more)])
