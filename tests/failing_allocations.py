@@ -5,8 +5,8 @@ PyTorch and of C: it raises and nothing has changed, or the whole step is made. 
 Run by test_allocation_failures.py with tests/c/failing_malloc.c as LD_PRELOAD and
 PYTHONMALLOC=malloc. Prints a line for each call: how many times an allocation failed, and its name.
 
-Not among them: several groups with options that C does not take all at once (a Tensor lr, stochastic
-rounding), which are stepped one after the other, and PyTorch's own operations.
+Not among them: several groups with options that C does not take all at once (a Tensor lr,
+stochastic rounding), which are stepped one after the other, and PyTorch's own operations.
 """
 
 import ctypes
