@@ -6,6 +6,8 @@
 # make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
+# make golden  compares the bits from two compilers at every level on four processors, in minutes
+# make exhaustive  measures the error of every float32, in twenty minutes on two cores
 # make lib     builds csrc as a static library with a pkg-config file
 # make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
 # make bench-save, make bench-compare  time ours, and say later what has become slower
@@ -25,7 +27,8 @@ demo: install
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
 
 test: install
-	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64
+	sh tests/system_packages.sh clang cmocka pkg-config qemu-user cross-aarch64 \
+	    cross-s390x
 	$(IN_VENV) -m pytest
 
 leaks: install
@@ -34,6 +37,14 @@ leaks: install
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks
+
+golden:
+	sh tests/system_packages.sh clang qemu-user cross-aarch64 cross-s390x cross-riscv64
+	$(MAKE) -C tests/c golden
+
+# The result goes to tests/c/exhaustive.txt.
+exhaustive:
+	$(MAKE) -C tests/c exhaustive
 
 # The studies, in the order of their lengths; DATA is a directory with CIFAR-10 in ImageFolder layout,
 # or else torchvision downloads it. Started again, it goes on where it was.

@@ -20,7 +20,7 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 
 #include <stdint.h>
 #include <cmocka.h>' | ${CC:-cc} -E - ;;
     qemu-user) command -v qemu-aarch64 && command -v qemu-x86_64 ;;
-    cross-aarch64) echo '#include <stdio.h>' | aarch64-linux-gnu-gcc -E - ;;
+    cross-*) echo '#include <stdio.h>' | "${1#cross-}-linux-gnu-gcc" -E - ;;
     esac >/dev/null 2>&1
 }
 
@@ -33,6 +33,7 @@ packages_of() {
     cmocka) echo libcmocka-dev ;;
     qemu-user) echo qemu-user ;;
     cross-aarch64) echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross ;;
+    cross-*) echo "gcc-${1#cross-}-linux-gnu libc6-dev-${1#cross-}-cross" ;;
     esac
 }
 

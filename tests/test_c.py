@@ -14,6 +14,7 @@ NEEDS = {
     "check-example": ["cc", "pkg-config"],
     "check-old-cpu": ["gcc", "qemu-x86_64"],
     "check-aarch64": ["aarch64-linux-gnu-gcc", "qemu-aarch64"],
+    "check-s390x": ["s390x-linux-gnu-gcc", "qemu-s390x"],
 }
 
 

@@ -423,8 +423,9 @@ def test_a_report_has_each_method_and_marks_what_lies_at_the_edge(study, tmp_pat
     text = report.table(report.read(file))
     assert text.count("| LPSGDM p=2 | ") == 1 and text.count("| LPSGDM p=∞ | ") == 1
     assert text.count("*") > 2
-    (picture,) = report.draw(report.read(file), tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    page = report.section(file, tmp_path)
+    assert text in page and "(study.json)" in page and "(study.png)" in page
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_whose_loss_is_not_finite_ends_early_and_never_wins(study, tmp_path):

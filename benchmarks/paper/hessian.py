@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.config import Run, load
 from benchmarks.paper.records import dumps, rounded, write_whole
-from benchmarks.paper.report import Report, color_of, read, save
+from benchmarks.paper.report import Report, color_of, hessian_table, read, save
 from benchmarks.paper.sweep import results_directory, runs_of
 from benchmarks.paper.tasks import EVERYTHING, Batch, Task, make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
@@ -211,12 +211,7 @@ def main() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, lambda part: part.write_text(dumps(record), encoding="utf-8"))
     save(draw(report, moments), file.with_suffix(".png"))
-    print("| method | epoch | smallest | largest eigenvalue | flatness of the gradient |")
-    print("|---|---|---|---|---|")
-    for name, at in moments.items():
-        for m in at:
-            values = f"{m.smallest:.3g} | {m.largest:.3g} | {m.flatness:.3g}"
-            print(f"| {name} | {m.epoch} | {values} |")
+    print(hessian_table(record))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tables and pictures of studies: `python -m benchmarks.paper.report RESULT.json ...`.
 
-Prints a Markdown table for each study and writes its pictures, of which the study's configuration
-says what they are (see FIGURES).
+Writes a page, README.md beside the first result, with a table for each study and its pictures, of
+which the study's configuration says what they are (see FIGURES).
 """
 
 import argparse
@@ -347,10 +347,11 @@ def draw_pivot(report: Report) -> Figure:
     panels[0].set_ylabel(report.label.replace("test", "validation"))
     draw_values(axes := below.subplots(), rows, report, colors)
     axes.invert_yaxis()
-    typical = [row.per_epoch("m_median")[0] for row in fixed]
+    (sign,) = (row for row in fixed if float(row.settings["p"]) == float("inf"))
     figure.suptitle(
-        f"{report.heading}:\nfixed p on lr grids; final runs of fixed p and of the schedule. "
-        f"Median |m| after one epoch: {min(typical):.1g} to {max(typical):.1g}",
+        f"{report.heading}:\nfixed p on lr grids, with pivot 1 and with the pivot that joins their "
+        "best lr\n(root mean square of m after one epoch at p=∞: "
+        f"{sign.per_epoch('m_rms')[0]:.2g}); final runs of fixed p and of the schedule",
         fontsize=11,
     )
     return figure
@@ -382,20 +383,49 @@ def draw(report: Report, directory: Path) -> list[Path]:
     return files
 
 
+def hessian_table(moments: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """What `hessian` found, in Markdown."""
+    lines = ["| method | epoch | smallest eigenvalue | largest | flatness of the gradient |"]
+    lines.append("|---|---|---|---|---|")
+    for name, at in moments.items():
+        for m in at:
+            values = f"{m['smallest']:.3g} | {m['largest']:.3g} | {m['flatness']:.3g}"
+            lines.append(f"| {name} | {m['epoch']} | {values} |")
+    return "\n".join(lines)
+
+
+def section(file: Path, directory: Path) -> str:
+    """A study's part of the page: what made it, its table and its pictures, which it writes."""
+    report = read(file)
+    program = f"python -m benchmarks.paper.{{}} {report.name}"
+    parts = [
+        f"## {report.name}",
+        f"`{program.format('sweep')}` made [{file.name}]({file.name}).",
+        table(report),
+        *(f"![{report.title}]({picture.name})" for picture in draw(report, directory)),
+    ]
+    hessian = file.parent / "hessian" / file.name
+    if hessian.exists():
+        parts += [
+            f"`{program.format('hessian')}` made [hessian/{file.name}](hessian/{file.name}).",
+            hessian_table(json.loads(hessian.read_text(encoding="utf-8"))),
+            f"![Spectral density of the Hessian](hessian/{file.stem}.png)",
+        ]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     """Reports the command line's results."""
-    parser = argparse.ArgumentParser(description="Make tables and pictures of studies.")
+    parser = argparse.ArgumentParser(description="Make the page of results, with its pictures.")
     parser.add_argument("results", type=Path, nargs="+", help="files that sweep wrote")
-    parser.add_argument("--output", type=Path, help="directory; that of the first result")
     arguments = parser.parse_args()
     matplotlib.use("Agg")
-    directory = arguments.output or arguments.results[0].parent
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in arguments.results:
-        report = read(file)
-        print(f"{table(report)}\n")
-        for picture in draw(report, directory):
-            print(f"![{report.title}]({picture})\n")
+    directory = arguments.results[0].parent
+    head = "<!-- SPDX-License-Identifier: MIT -->\n# Results\n\n"
+    head += "`python -m benchmarks.paper.report` made this page of the files that it names."
+    page = "\n\n".join([head, *(section(file, directory) for file in arguments.results)])
+    (directory / "README.md").write_text(page + "\n", encoding="utf-8")
+    print(page)
 
 
 if __name__ == "__main__":

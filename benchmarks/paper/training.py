@@ -214,7 +214,8 @@ class Trainer:
             lr, p, pivot          of the last step
             update                mean |Δθ| of the last step over all parameters and seeds
             u                     the same divided by lr (weight decay's share is in both)
-            m_median, m_mean      of |m| over all parameters, where there is a momentum like eq 23's
+            m_mean, m_rms         mean of |m| and root mean square over all parameters, where there
+                                  is a momentum like eq 23's
             seconds               of training since the start of the run, without evaluation
         """
         progress, group = self.progress, self.optimizer.param_groups[0]
@@ -233,7 +234,7 @@ class Trainer:
         }
         m = momentum_of(self.optimizer)
         if m is not None:
-            metrics |= {"m_median": m.median().item(), "m_mean": m.mean().item()}
+            metrics |= {"m_mean": m.mean().item(), "m_rms": m.square().mean().sqrt().item()}
         epoch, every = progress.epoch + 1, self.run.evaluate_every
         is_last = epoch == self.run.epochs or not any(map(math.isfinite, metrics["loss"]))
         if epoch % every == 0 or is_last:

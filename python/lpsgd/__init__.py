@@ -6,8 +6,9 @@ import torch  # noqa: F401  # isort: skip
 import lpsgd_ext
 
 from ._optimizer import LPSGD, LPSGDM
+from ._pivot import suggest_pivot
 from ._schedule import CosineAnnealingP, LambdaP
 
 __version__ = lpsgd_ext.build_info()["version"]
 
-__all__ = ["LPSGD", "LPSGDM", "CosineAnnealingP", "LambdaP", "__version__"]
+__all__ = ["LPSGD", "LPSGDM", "CosineAnnealingP", "LambdaP", "__version__", "suggest_pivot"]

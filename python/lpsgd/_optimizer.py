@@ -435,7 +435,7 @@ class LPSGD(_LPOptimizer):
         weight_decay: decoupled weight decay :math:`\lambda \geq 0` (torch.optim.SGD's is coupled).
         eps: :math:`\epsilon \geq 0`.
         pivot: :math:`\kappa > 0`, the gradient at which :math:`|u| = 1` for every p. 1 is the
-            paper; about 1e-4 keeps the step from shrinking as p goes to 2.
+            paper; `suggest_pivot`, or about 1e-4, keeps the step from shrinking as p goes to 2.
         maximize: maximize the objective instead of minimizing it.
         foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one.
         capturable: the step may be captured in a CUDA graph: a Tensor lr stays on the device.

@@ -1,49 +1,21 @@
 /* SPDX-License-Identifier: MIT
  *
  * test_accuracy.c: the bounds in ulp that lpsgd.h and lpsgd_element.h promise, and the edge cases of
- * u. For float32 the real value is the C library's pow() in double: its error is below 1e-8 ulp.
+ * u.
  */
-#include "helpers.h"
+#include "accuracy.h"
 
-#include <float.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 
 #include <cmocka.h>
 
-static const double rhos[] = {0.0, 0.1, 0.5, 2.0 / 3.0, 0.8, 6.0 / 7.0, 7.0 / 8.0, 0.99, 1.0};
-enum { rho_count = sizeof rhos / sizeof *rhos, mantissas = 3000 };
-
-/* The scalars for rho within an ulp (k.rho64 says it exactly), whatever rule it would run by. */
-static lpsgd_scalars scalars_for(double rho, double eps)
-{
-    const lpsgd_hyper hyper = {
-        .lr = 1.0, .p = rho == 1.0 ? INFINITY : 2.0 + rho / (1.0 - rho), .eps = eps, .pivot = 1.0, .grad_scale = 1.0};
-    lpsgd_scalars k;
-    assert_int_equal(lpsgd_fold(&hyper, 0, &k), LPSGD_OK);
-    return k;
-}
+enum { mantissas = 3000 };
 
 static float direction(float x, const lpsgd_scalars *k)
 {
     return lpsgd_direction(x, LPSGD_RULE_POWER, k);
-}
-
-/* |value - real| in units of the last place that a float of real's size has, were there no limit
- * to its exponent below `smallest`. */
-static double error_in_ulp(double value, double real, double smallest)
-{
-    const double size = fabs(real) > smallest ? fabs(real) : smallest;
-    return fabs(value - real) / ldexp(1.0, ilogb(size) - (FLT_MANT_DIG - 1));
-}
-
-static double power_error(float y, const lpsgd_scalars *k)
-{
-    const lpsgd_scaled_power power = lpsgd_power(y, k);
-    assert_true(isnormal(power.w));
-    const double value = (double)power.w * power.before * power.after;
-    return error_in_ulp(value, pow((double)y, -k->rho64), 0.0);
 }
 
 static void test_power_is_within_2_ulp_for_every_exponent(void **state)

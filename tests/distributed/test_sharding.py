@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from helpers import CLASSES, DTYPES, bits
-from lpsgd import LPSGDM
+from lpsgd import LPSGDM, suggest_pivot
 from ranks import on_ranks
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
@@ -75,6 +75,8 @@ def step_every_sharding(rounding):
             optimizer.step()
             twin_optimizer.step()
         assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__, dtype))
+        pivots = suggest_pivot(optimizer), suggest_pivot(twin_optimizer)
+        assert pivots[0] == pytest.approx(pivots[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""A value for `pivot` from what an optimizer sees."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from ._schedule import _innermost
+from ._shards import is_dtensor
+
+
+def _norm(x: Tensor) -> float:
+    """The 2-norm, of a DTensor that of the whole."""
+    norm: Any = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+    return float(norm.full_tensor() if is_dtensor(norm) else norm)
+
+
+@torch.no_grad()
+def suggest_pivot(optimizer: Optimizer) -> float:
+    r"""A `pivot` for this task: the root mean square of what the steps take to a power.
+
+    That is the momentum_buffer of `LPSGDM` (:math:`m` of eq 24) or the gradient of `LPSGD`
+    (:math:`g` of eq 21), over all parameters. With it as `pivot`, the steps of p = 2 and of p = inf
+    have the same :math:`\ell_2`-length and those between are little shorter: one lr serves every p,
+    and a schedule of p no longer shrinks the steps.
+
+    Ask after some dozen steps, when the momentum has settled. The value is for a new training: with
+    another `pivot`, lr means another step, except for p = inf.
+
+    Args:
+        optimizer: an LPSGD or LPSGDM that has made steps.
+
+    Returns:
+        a positive number. A DTensor counts as a whole, so all ranks must ask. Where processes hold
+        different plain tensors (FSDP1, ZeRO), each gets a value of its own; they must agree on one.
+
+    Raises:
+        RuntimeError: if there are no momentum buffers (gradients) yet, or nothing but zeros, or one
+            that is not finite.
+
+    Example:
+        >>> from lpsgd import LPSGDM
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = LPSGDM(model.parameters(), lr=0.001, p=float("inf"))
+        >>> for _ in range(30):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(8, 4)).sum().backward()
+        ...     optimizer.step()
+        >>> round(suggest_pivot(optimizer), 2)  # all gradients are 8
+        7.66
+    """
+    optimizer = _innermost(optimizer)
+    norms, count = [0.0], 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            state = optimizer.state.get(param, {})
+            x = state.get("momentum_buffer") if "momentum" in group else param.grad
+            if x is not None:
+                x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+                norms.append(_norm(x))
+                count += x.numel()
+    norm = math.hypot(*norms)
+    if not 0.0 < norm < math.inf:
+        raise RuntimeError(
+            "suggest_pivot() needs an optimizer that has made steps, with finite momentum buffers "
+            f"(gradients) that are not all zero: their norm is {norm}"
+        )
+    return norm / math.sqrt(count)
