@@ -205,7 +205,7 @@ benchmarks.paper.train.main()
 
 
 def test_a_process_killed_at_every_moment_of_writing_resumes_to_the_same_bits(tmp_path):
-    """A start writes the log at moments 0 to 4, then checkpoints at five moments each: half of it is
+    """A start writes the log at moments 0 to 4, then checkpoints at five moments each: half is
     written, before and after the sync, before and after it takes its place."""
     (tmp_path / "study.toml").write_text(
         'title = "A study"\n[run]\nepochs = 2\nbatch_size = 512\nsnapshots = [2]\n'
