@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 # make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
+# make leaks   makes a million steps and looks at memory and references
 # make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
 # make experiments  runs the studies of benchmarks/paper, about four hours on two cores
 # make experiments-small  runs them all reduced, in minutes
@@ -24,7 +25,7 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test fuzz test-frameworks docs lib bench \
+.PHONY: demo experiments experiments-small notebooks test fuzz leaks test-frameworks docs lib bench \
     bench-save bench-compare gpu gpu-sanitize sanitize sanitize-gcc sanitize-clang coverage \
     install wheel test-wheel clean
 
@@ -40,6 +41,10 @@ fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60)
 fuzz: install
 	sh tests/system_packages.sh clang libfuzzer
 	$(IN_VENV) -m pytest -q -s tests/fuzz
+
+leaks: install
+	LPSGD_LEAK_STEPS=1000000 $(IN_VENV) -m pytest -s tests/test_leaks.py \
+	    tests/test_allocation_failures.py tests/test_refusals.py tests/test_param_groups.py
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks

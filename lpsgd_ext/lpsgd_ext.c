@@ -4,6 +4,17 @@
  *
  * Limited API, so that one binary serves CPython 3.10 and every later one. Import torch first: then
  * both share PyTorch's OpenMP runtime.
+ *
+ * It relies on the GIL. A free-threaded CPython (3.13t, 3.14t) has no limited API and does not load
+ * this binary. One built for it without the limited API turns the GIL on again, since the module
+ * does not declare Py_mod_gil; whoever wants to declare it must first
+ * - guard torch_api's `recent`, where take() and put_back() move pointers without a lock: two steps
+ *   would free or use the same memory;
+ * - hold strong references instead of borrowed ones in param_groups.c (PyDict_Next,
+ *   PyDict_GetItemWithError and PyList_GetItem while another thread changes them), and read list
+ *   lengths once;
+ * - see that no other thread resizes a storage between its check and the end of the step: with a GIL
+ *   that can happen while the kernel runs, without one also before.
  */
 #include "param_groups.h"
 
@@ -625,11 +636,23 @@ static int add_cuda_error(PyObject *module)
     return torch->cuda_error ? PyModule_AddObjectRef(module, "CudaError", torch->cuda_error) : -1;
 }
 
+/* `import torch` in a second interpreter of the process crashes. (Py_mod_multiple_interpreters would
+ * say this too, but CPython 3.10 and 3.11 refuse a module that has it.) */
+static int refuse_subinterpreter(void)
+{
+    const int64_t id = PyInterpreterState_GetID(PyInterpreterState_Get());
+    if (id > 0)
+        PyErr_SetString(PyExc_ImportError,
+                        "lpsgd_ext cannot be imported in a sub-interpreter, nor can PyTorch");
+    return id ? -1 : 0;
+}
+
 static int module_exec(PyObject *module)
 {
     module_state *own = state_of(module);
-    const int failed = torch_api_load(&own->torch) || attribute_names_make(&own->names) ||
-                       add_cuda_error(module) || choose_capability();
+    const int failed = refuse_subinterpreter() || torch_api_load(&own->torch) ||
+                       attribute_names_make(&own->names) || add_cuda_error(module) ||
+                       choose_capability();
     return failed ? -1 : 0;
 }
 

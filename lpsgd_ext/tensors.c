@@ -521,12 +521,12 @@ static int read_number(const tensor_lists *lists, const char *name, PyObject *se
         *number = PyLong_AsUnsignedLongLongMask(object);
         Py_DECREF(object);
     }
-    if (PyErr_Occurred()) {
+    if (!PyErr_Occurred())
+        return 0;
+    if (PyErr_ExceptionMatches(PyExc_TypeError))
         PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must have an int for each parameter",
                      lists->function, name);
-        return -1;
-    }
-    return 0;
+    return -1;
 }
 
 static int check_lengths(const tensor_lists *lists)

@@ -2,6 +2,8 @@
 import pytest
 import torch
 
+collect_ignore = ["failing_allocations.py"]  # a program
+
 
 @pytest.fixture
 def two_threads():

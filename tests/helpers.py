@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What several test files share."""
 
+import contextlib
 import copy
+import gc
 import math
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +53,22 @@ def run(command, cwd=ROOT, **environment) -> str:
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
     return result.stdout
+
+
+@contextlib.contextmanager
+def references_kept(objects):
+    """What is done 50 times within keeps and loses no reference to any of these objects."""
+
+    def changed():
+        counts = map(sys.getrefcount, objects)
+        # Others come and go by a few.
+        return [i for i, count in enumerate(counts) if abs(count - before[i]) >= 25]
+
+    before = list(map(sys.getrefcount, objects))
+    yield
+    if changed():
+        gc.collect()  # a traceback may be in a cycle
+    assert not changed(), [objects[i] for i in changed()]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,73 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
     assert_same_run(directory(parts), directory(whole), run)
 
 
+# The operations with which files are written, in order: each is a moment at which to die.
+KILL_AT = """
+import os, signal, sys
+import benchmarks.paper.records as records
+left = int(sys.argv.pop(1))
+def moment():
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def around(name):
+    original = getattr(os, name)
+    def act(*arguments):
+        moment()
+        result = original(*arguments)
+        moment()
+        return result
+    setattr(os, name, act)
+original_write = records.write_whole
+def write_whole(file, write):
+    def write_and_cut(part):
+        write(part)
+        with open(part, "rb+") as stream:
+            size = stream.seek(0, 2)
+            whole = (stream.seek(0), stream.read())[1]
+            stream.truncate(size // 2)
+            stream.flush()
+            moment()  # half of it is on the disk
+            stream.seek(0)
+            stream.write(whole)
+    original_write(file, write_and_cut)
+records.write_whole = write_whole
+around("replace"), around("fsync")
+import benchmarks.paper.train
+benchmarks.paper.train.main()
+"""
+
+
+def test_a_process_killed_at_every_moment_of_writing_resumes_to_the_same_bits(tmp_path):
+    """A start writes the log at moments 0 to 4, then checkpoints at five moments each: half is
+    written, before and after the sync, before and after it takes its place."""
+    (tmp_path / "study.toml").write_text(
+        'title = "A study"\n[run]\nepochs = 2\nbatch_size = 512\nsnapshots = [2]\n'
+        'task.name = "digits"\n[methods.LPSGDM]\noptimizer = "LPSGDM"\nlr = 0.01\nanneal_p = true'
+    )
+
+    def start(moments, output):
+        command = [sys.executable, "-c", KILL_AT, str(moments), tmp_path / "study.toml"]
+        command += ["--method", "LPSGDM", "--checkpoint-seconds", "0", "--output", output]
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=300,
+        ).returncode
+
+    run = load(tmp_path / "study.toml").methods[0].run
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert start(10**9, whole) == 0
+    assert [start(moments, parts) for moments in range(4, 11)] == [-signal.SIGKILL] * 7
+    assert start(10**9, parts) == 0
+    (ours,), (theirs,) = ((output / "runs").iterdir() for output in (parts, whole))
+    assert_same_run(ours, theirs, run)
+
+
 def test_a_checkpoint_that_is_cut_off_leaves_the_one_before(tmp_path, monkeypatch):
     run = RUNS["digits"]
     trainer = Trainer(run, None, tmp_path, Machine(stop_after=1))

@@ -2,6 +2,7 @@
 """lpsgd_ext.step_param_groups: the same step as by the lists, or none at all."""
 
 import copy
+import gc
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import Parameter
 
 import lpsgd
 import lpsgd_ext
-from helpers import CLASSES, DTYPES, same_bits, set_grads
+from helpers import CLASSES, DTYPES, references_kept, same_bits, set_grads
 
 SIZES = [(7,), (), (3, 5), (0,), (1000,), (1,)]
 
@@ -72,7 +73,11 @@ def versions(optimizer):
 
 def assert_not_stepped(optimizer, **keywords):
     before, old = copy.deepcopy(contents(optimizer)), versions(optimizer)
-    assert step(optimizer, **keywords) is False
+    values = [value for group in optimizer.param_groups for value in group.values()]
+    objects = [*params_of(optimizer), *(v for v in values if gc.is_tracked(v))]
+    with references_kept(objects):
+        for _ in range(50):
+            assert step(optimizer, **keywords) is False
     assert same_bits(contents(optimizer), before)
     assert versions(optimizer) == old
 

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Every input that lpsgd_ext refuses: a clear error, and every tensor as it was."""
 
+import gc
 import math
 import re
+import sys
 
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import lpsgd_ext
-from helpers import bits
+from helpers import bits, references_kept
 
 
 class Subclass(torch.Tensor):
@@ -103,8 +105,11 @@ def assert_refused(lists, exception, message, **kwargs):
     ]
     before = [t.clone() for t in ordinary]
     versions = [t._version for t in ordinary]
-    with pytest.raises(exception, match=message):
-        call(lists, **kwargs)
+    objects = [*lists, *(t for tensors in lists for t in tensors if t is not None)]
+    with references_kept(objects):
+        for _ in range(50):
+            with pytest.raises(exception, match=message):
+                call(lists, **kwargs)
     for tensor, old, version in zip(ordinary, before, versions, strict=True):
         if tensor.dtype.is_floating_point and tensor.element_size() > 1:
             assert torch.equal(bits(tensor), bits(old))
@@ -121,6 +126,32 @@ def test_bad_tensor_is_refused_by_name_and_index(lists, which, bad):
     tensors[which][1] = make()
     where = re.escape(f"{NAMES[which]}[1]")
     assert_refused(tensors, exception, f"(?s){where}.*{word}")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_refused_calls_leave_no_objects_or_references_behind():
+    refused = []
+    for bad in BAD_TENSORS:
+        tensors = [[good(), good(1 if bad.startswith("one element") else 4)] for _ in range(3)]
+        tensors[2][1] = BAD_TENSORS[bad][0]()
+        refused.append((tensors, {}))
+    refused += [([[good()] for _ in range(3)], {name: value}) for name, value, _ in BAD_VALUES]
+    refused += [([[good()] for _ in range(3)], {name: "1"}) for name in ("lr", "seed", "streams")]
+    known = [None, True, False, type, TypeError, ValueError, RuntimeError, torch.Tensor]
+
+    def counts(rounds):
+        for tensors, values in refused * rounds:
+            try:
+                call(tensors, **values)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            pytest.fail("the call was not refused")
+        gc.collect()
+        return [*map(sys.getrefcount, known), sys.getallocatedblocks()]
+
+    counts(1)
+    before = counts(1)
+    assert all(abs(b - a) < 100 for a, b in zip(before, counts(200), strict=True))
 
 
 @pytest.mark.parametrize("which", [1, 2])

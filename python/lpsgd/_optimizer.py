@@ -4,6 +4,7 @@
 import functools
 import inspect
 import itertools
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -123,7 +124,8 @@ def _compiled_step(
     self = _optimizers[optimizer]
     if not self._found_inf():
         gathered = [(group, lists, list(streams))]
-        self._write(gathered, self._prepare(gathered))
+        for call in self._prepare(gathered):
+            call()
 
 
 @_compiled_step.register_fake
@@ -304,10 +306,24 @@ class _LPOptimizer(Optimizer):
             first += len(group["params"])
             if lists[0]:
                 gathered.append((i, lists, streams))
-        calls = self._prepare(gathered)
-        for param, buffer in fresh.items():
-            self.state[param]["momentum_buffer"] = buffer
-        self._write(gathered, calls)
+        stateless = [param for param in fresh if param not in self.state]
+        empty = [param for param in fresh if "momentum_buffer" in self.state.get(param, ())]
+        try:
+            for param, buffer in fresh.items():
+                self.state[param]["momentum_buffer"] = buffer
+            if fresh and self._usual_step():  # all that was unusual may have been the states
+                return
+            calls = self._prepare(gathered)
+        except BaseException:
+            for param in fresh:
+                self.state.get(param, {}).pop("momentum_buffer", None)
+            for param in stateless:
+                self.state.pop(param, None)
+            for param in empty:
+                self.state[param]["momentum_buffer"] = None
+            raise
+        for call in calls:
+            call()
 
     def _found_inf(self) -> bool:
         """Whether torch.amp.GradScaler found a gradient that is not finite, if the CPU knows."""
@@ -322,14 +338,6 @@ class _LPOptimizer(Optimizer):
             for i, lists, streams in gathered
             for call in self._calls(self.param_groups[i], lists, streams, alone)
         ]
-
-    def _write(self, gathered: Sequence[_Gathered], calls: list[Callable[[], None]]) -> None:
-        for call in calls:
-            call()
-        for i, *_ in gathered:
-            if self.param_groups[i]["stochastic_rounding"] and not changes_nothing(self):
-                group = self.param_groups[i]
-                group["rounding_step"] = group.get("rounding_step", 0) + 1
 
     def _calls(
         self, group: dict[str, Any], lists: Lists, streams: list[int], alone: bool
@@ -346,9 +354,15 @@ class _LPOptimizer(Optimizer):
         if group.get("momentum_dtype") in _FLOAT32:
             values["momentum_float32"] = True
         stochastic = group["stochastic_rounding"]
-        rounding = {}
+        rounding: dict[str, int] = {}
+        count: list[Callable[[], None]] = []  # the step, once it has been made
         if stochastic:
-            rounding = {"seed": group["seed"], "step": group.get("rounding_step", 0)}
+            _check_values(group)
+            step = group.get("rounding_step", 0)
+            rounding = {"seed": group["seed"], "step": step}
+            alone = False
+            step += not changes_nothing(self)
+            count.append(partial(operator.setitem, group, "rounding_step", step))
         fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
         by_default = fused is None and foreach is None
         in_c = not differentiable and (fused or (by_default and not observed()))
@@ -360,7 +374,7 @@ class _LPOptimizer(Optimizer):
             native = partial(self._native_step, lists, **values, **rounding, **numbers)
             try:
                 native(dry_run=not alone)
-                return [] if alone else [native]
+                return [] if alone else [native, *count]
             except lpsgd_ext.CudaError:
                 raise
             except (TypeError, ValueError, RuntimeError) as error:
@@ -400,7 +414,7 @@ class _LPOptimizer(Optimizer):
         written = [tensor for column in lists[::2] for tensor in column]
         if any(_shards.is_dtensor(tensor) for tensor in written):
             calls.append(partial(torch.autograd.graph.increment_version, written))
-        return calls
+        return calls + count
 
 
 class LPSGD(_LPOptimizer):
