@@ -19,6 +19,8 @@ import torch
 
 from helpers import CLASSES
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # these tensors are too small for two
+
 PROBLEMS, ROWS, COLUMNS = 24, 16, 4  # each problem is of its own seed
 STEPS = [128, 512, 2048, 8192]
 LRS = {2.0: 0.25, 4.0: 0.2, math.inf: 0.2}  # times T^-1/2, by p
