@@ -222,3 +222,25 @@ def test_what_float32_cannot_hold_is_infinite(implementation, beyond, rounds):
     if "lr" in beyond:  # the decay's -inf less the update's inf, and more
         expected = [-torch.inf, torch.nan]
     torch.testing.assert_close(param.detach(), torch.tensor(expected), equal_nan=True)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_refused_first_step_leaves_states_as_they_were(implementation):
+    params, _ = build(LISTS["native"], {})
+    optimizer = lpsgd.LPSGDM(params, **IMPLEMENTATIONS[implementation])
+    states = [{}, {"momentum_buffer": None}, {"other": 1}]
+    for param, state in zip(params, states, strict=False):
+        optimizer.state[param] = {**state}
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
+    assert [optimizer.state.get(param) for param in params] == [
+        *states,
+        *[None] * (len(params) - 3),
+    ]
+
+
+@pytest.mark.parametrize("cls", [lpsgd.LPSGD, lpsgd.LPSGDM])
+def test_random_bits_are_refused_in_a_graph_that_would_repeat_them(cls):
+    with pytest.raises(RuntimeError, match="`stochastic_rounding` does not support `capturable`"):
+        cls([Parameter(torch.ones(1))], stochastic_rounding=True, capturable=True)
