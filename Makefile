@@ -7,7 +7,7 @@
 # make experiments-small  runs them all reduced, in minutes
 # make notebooks  runs those of benchmarks/notebooks and keeps their output
 # make docs    builds the documentation site in build/docs
-# make sanitize  runs the C tests and those of the module under sanitizers and valgrind, in ten minutes
+# make sanitize  runs C's and the module's tests under sanitizers and valgrind, in ten minutes
 # make coverage  says which lines of C and Python no test runs
 # make fuzz    runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
 # make golden  compares the bits from two compilers at every level on four processors, in minutes

@@ -357,10 +357,10 @@ class _LPOptimizer(Optimizer):
         rounding: dict[str, int] = {}
         count: list[Callable[[], None]] = []  # the step, once it has been made
         if stochastic:
-            _check_values(group)
+            _check_values(group)  # now, as rounding_step is counted on here
             step = group.get("rounding_step", 0)
             rounding = {"seed": group["seed"], "step": step}
-            alone = False
+            alone = False  # the count is a call after the step's
             step += not changes_nothing(self)
             count.append(partial(operator.setitem, group, "rounding_step", step))
         fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
