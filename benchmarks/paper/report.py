@@ -310,7 +310,7 @@ def draw_p_max(report: Report) -> Figure:
         style, mean = style_of(row), fmean(row.values)
         axes.axhline(mean, color=colors[row.name], linestyle=style, label=row.name)
     axes.set(xlabel="p_max of LPSGDM p_max→2", ylabel=report.label, title=report.heading)
-    axes.legend(ncols=2, fontsize=9)
+    figure.legend(loc="outside right center", fontsize=9)
     axes.grid(alpha=0.3)
     return figure
 
