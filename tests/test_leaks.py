@@ -23,6 +23,10 @@ def resident():
 def measure():
     gc.collect()
     known = [None, True, False, optimizer, *params, *(param.grad for param in params)]
+    groups, state = optimizer.param_groups, optimizer.state
+    for holder in (*groups, state, *state.values()):
+        known += [holder, *holder.values()]
+    known = {{id(one): one for one in (groups, *known)}}.values()
     references = sum(map(sys.getrefcount, known))
     blocks, bytes = sys.getallocatedblocks(), resident()
     return references, len(gc.get_objects()), blocks, bytes
