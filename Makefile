@@ -42,9 +42,15 @@ fuzz: install
 	sh tests/system_packages.sh clang libfuzzer
 	$(IN_VENV) -m pytest -q -s tests/fuzz
 
+# Python's debug build, which must be of the environment's version, asserts what it relies on. Its total
+# of references means nothing here: PyTorch's and our own code, built for release, does not count.
 leaks: install
+	sh tests/system_packages.sh python-debug
 	LPSGD_LEAK_STEPS=1000000 $(IN_VENV) -m pytest -s tests/test_leaks.py \
 	    tests/test_allocation_failures.py tests/test_refusals.py tests/test_param_groups.py
+	PYTHONPATH="$$($(IN_VENV) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	    python3-dbg -m pytest -p no:cacheprovider tests/test_module.py tests/test_remembered.py \
+	    tests/test_refusals.py tests/test_param_groups.py
 
 test-frameworks: $(VENV)/.frameworks install
 	$(IN_VENV) -m pytest tests/frameworks
@@ -104,6 +110,7 @@ gpu-sanitize: install
 	    $(IN_VENV) -m benchmarks.speed.gpu --sanitizer --output build/gpu-sanitize
 
 # PyTorch and Python leave objects of their own behind at exit, so that only the C tests look for leaks.
+# --capture=sys lets a sanitizer's report through, after which pytest has no chance to show anything.
 sanitize: sanitize-gcc sanitize-clang
 	$(MAKE) -C tests/c check-guard-pages
 	$(MAKE) -C tests/c check-threads
@@ -120,7 +127,7 @@ sanitize-gcc sanitize-clang: sanitize-%: install
 	    --build-temp build/sanitize/$*-objects --build-lib build/sanitize/$*
 	LD_PRELOAD="$$($* -print-file-name=$(ASAN)) $$($* -print-file-name=libstdc++.so.6)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc PYTHONPATH=build/sanitize/$* \
-	    $(IN_VENV) -m pytest -p no:cacheprovider $(SANITIZED)
+	    $(IN_VENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZED)
 
 # The module is built with the stand-in for nvcc, so that the driver's double can run its CUDA steps.
 coverage: install

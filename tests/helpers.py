@@ -55,6 +55,15 @@ def run(command, cwd=ROOT, **environment) -> str:
     return result.stdout
 
 
+def count_references() -> int:
+    """The references to all objects that the garbage collector knows or finds within those."""
+    gc.collect()
+    known = gc.get_objects()
+    found = {id(one): one for one in (*known, *gc.get_referents(*known))}
+    counts = map(sys.getrefcount, found.values())
+    return sum(count for count in counts if count < 100_000_000)  # others are immortal
+
+
 @contextlib.contextmanager
 def references_kept(objects):
     """What is done 50 times within keeps and loses no reference to any of these objects."""

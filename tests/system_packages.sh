@@ -12,6 +12,7 @@ has() {
     python-dev) "$python" -c "
 import os, sysconfig
 raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" ;;
+    python-debug) command -v python3-dbg ;;
     clang) command -v clang ;;
     clang-sanitizers) echo '#include <omp.h>' | clang -fopenmp -E - &&
         [ -e "$(clang -print-file-name="libclang_rt.asan-$(uname -m).so")" ] ;;
@@ -32,6 +33,7 @@ packages_of() {
     case $1 in
     python-venv) echo python3-venv ;;
     python-dev) echo python3-dev ;;
+    python-debug) echo python3-dbg ;;
     clang) echo clang ;;
     clang-sanitizers) echo libclang-rt-dev libomp-dev ;;
     valgrind) echo valgrind ;;

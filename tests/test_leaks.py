@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from helpers import run
+from helpers import ROOT, run
 
 STEPS = """
 import gc, os, sys, torch, lpsgd
+from helpers import count_references
 torch.set_num_threads(1)
 params = [torch.nn.Parameter(torch.ones(n)) for n in (1, 7, 64)]
 for param in params:
@@ -21,13 +22,7 @@ def resident():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 def measure():
-    gc.collect()
-    known = [None, True, False, optimizer, *params, *(param.grad for param in params)]
-    groups, state = optimizer.param_groups, optimizer.state
-    for holder in (*groups, state, *state.values()):
-        known += [holder, *holder.values()]
-    known = {{id(one): one for one in (groups, *known)}}.values()
-    references = sum(map(sys.getrefcount, known))
+    references = count_references()
     blocks, bytes = sys.getallocatedblocks(), resident()
     return references, len(gc.get_objects()), blocks, bytes
 
@@ -60,4 +55,5 @@ assert growth[3] < 4 * steps + (6 << 20)
 )
 @pytest.mark.parametrize("cls", ["LPSGD", "LPSGDM"])
 def test_many_steps_leave_memory_and_references_as_they_were(cls, how, more, divisor):
-    run([sys.executable, "-c", STEPS.format(cls=cls, how=how, more=more, divisor=divisor)])
+    program = STEPS.format(cls=cls, how=how, more=more, divisor=divisor)
+    run([sys.executable, "-c", program], PYTHONPATH=str(ROOT / "tests"))
