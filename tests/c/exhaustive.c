@@ -122,7 +122,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "exhaustive: STRIDE is a positive integer\n");
         return 2;
     }
-    printf("# One of %lld of the 2^31 floats x >= 0; instruction sets up to %s.\n"
+    printf("# The 2^31 floats x >= 0 in steps of %lld; instruction sets up to %s.\n"
            "# p, eps, what; its largest error in ulp; the largest x that has it\n",
            (long long)stride, lpsgd_cpu_capability());
     for (int r = 0; r < rho_count; r++)
