@@ -117,7 +117,8 @@ sanitize: sanitize-gcc sanitize-clang
 	$(MAKE) -C tests/c check-memcheck
 
 SANITIZED := $(addprefix tests/test_,module.py param_groups.py refusals.py remembered.py limits.py \
-    optimizer.py low_precision.py amp.py conventions_malformed.py conventions_step.py)
+    optimizer.py low_precision.py amp.py conventions_malformed.py conventions_step.py) \
+    tests/fuzz/test_fuzz_checkpoints.py
 sanitize-gcc: ASAN := libasan.so
 sanitize-clang: ASAN := libclang_rt.asan-$(shell uname -m).so
 sanitize-gcc sanitize-clang: sanitize-%: install

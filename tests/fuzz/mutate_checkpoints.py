@@ -266,6 +266,10 @@ def one(number):
     # A schedule that drives itself acts after the step, and is tried apart from it.
     optimizer._optimizer_step_post_hooks.clear()
     stepped = attempt(optimizer.step, optimizer, schedule, "step")
+    if stepped and isinstance(optimizer, lpsgd.LPSGDM):
+        for param in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+            buffer = optimizer.state[param]["momentum_buffer"]
+            assert buffer.shape == param.shape, "a step took a momentum_buffer of another shape"
     if not schedule.every_step:
         stepped &= attempt(schedule.step, optimizer, schedule, "the schedule's step")
     return how, "stepped" if stepped else "refused by step"
