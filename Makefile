@@ -86,7 +86,7 @@ notebooks: install
 	    --ExecutePreprocessor.record_timing=False benchmarks/notebooks/*.ipynb
 
 docs: $(VENV)/.docs install
-	$(IN_VENV) -m sphinx -W --keep-going -q docs build/docs
+	$(IN_VENV) -m sphinx -n -W --keep-going -q docs build/docs
 
 bench: install
 	$(IN_VENV) -m benchmarks.speed $(BENCH)
