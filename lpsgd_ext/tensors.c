@@ -222,7 +222,9 @@ static int truth_of(PyObject *answer)
 static int check_inference(const torch_api *torch, const place *at, PyObject *tensor, int *inference)
 {
     *inference = truth_of(call(&torch->is_inference, tensor));
-    const int enabled = *inference > 0 ? truth_of(PyObject_CallObject(torch->is_inference_mode_enabled, NULL)) : 0;
+    int enabled = 0;
+    if (*inference > 0)
+        enabled = truth_of(PyObject_CallObject(torch->is_inference_mode_enabled, NULL));
     if (*inference < 0 || enabled < 0)
         return refuse_because(at);
     if (*inference && !enabled)
@@ -337,11 +339,11 @@ typedef struct known_tensor {
     uintptr_t bytes;
 } known_tensor;
 
-/* The checks that cost a call of a Python method are left out for an object that passed them in the
- * call before, by its address, and still has the same memory: a storage that shrinks moves. (One that
- * is resized twice may move back; PyTorch's own operations do not notice any resize.) A gradient of
- * one element is always asked for its negative bit, since autograd makes such gradients. Sets
- * *changed and *known if the tensor is another one. */
+/* The negative bit and inference mode, which cost a call of a Python method each, are left out for an
+ * object that passed these checks in the call before, by its address, and still has the same memory.
+ * A gradient of one element is always asked for its negative bit, since autograd makes such
+ * gradients. The storage is always asked for its size: one that shrinks moves, but may move back when
+ * it shrinks again. Sets *changed and *known if the tensor is another one. */
 static int check_memory(const torch_api *torch, const place *at, PyObject *tensor, int written,
                         const lpsgd_dl_tensor *read, int64_t numel, known_tensor *known,
                         int *changed)
@@ -353,11 +355,11 @@ static int check_memory(const torch_api *torch, const place *at, PyObject *tenso
     if (numel && (!same || (numel == 1 && !written)) && check_not_negated(torch, at, tensor))
         return -1;
     int inference = 0;
+    if (numel && !same && written && check_inference(torch, at, tensor, &inference))
+        return -1;
+    if (numel && check_storage(torch, at, tensor, numel, itemsize))
+        return -1;
     if (numel && !same) {
-        if (written && check_inference(torch, at, tensor, &inference))
-            return -1;
-        if (check_storage(torch, at, tensor, numel, itemsize))
-            return -1;
         if (!found.data)
             return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
         if ((uintptr_t)found.data > UINTPTR_MAX - found.bytes)
@@ -559,7 +561,7 @@ static int find_group(buffer_groups *groups, int section, lpsgd_dl_device device
     }
     if (groups->count == MAX_GROUPS)
         return -1;
-    groups->group[groups->count] = 
+    groups->group[groups->count] =
         (buffer_group){.section = section, .device = device, .dtype = dtype};
     return groups->count++;
 }

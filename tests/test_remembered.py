@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """lpsgd_ext remembers what it checked in earlier calls: nothing that changed since gets past it."""
 
+import random
+
 import pytest
 import torch
 
@@ -69,6 +71,22 @@ def test_change_after_a_good_call_is_refused_and_the_next_good_call_works(change
     tensors[which][1] = intact[1]
     step(tensors)
     assert not torch.equal(tensors[0][0], before[0])
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_storage_that_shrank_and_moved_back_is_refused(which):
+    tensors = lists(size=1024)
+    step(tensors)
+    tensor = tensors[which][1]
+    storage, address = tensor.untyped_storage(), tensor.data_ptr()
+    for size in random.Random(0).choices(range(64, 4096), k=10_000):
+        storage.resize_(size)
+        if tensor.data_ptr() == address:
+            break
+    else:
+        pytest.skip("this allocator does not give the same memory again")
+    with pytest.raises(RuntimeError, match="reaches beyond its storage"):
+        step(tensors)
 
 
 def test_more_lists_than_are_remembered_keep_their_own_bits():
