@@ -277,13 +277,14 @@ PyDoc_STRVAR(lpsgdm_doc,
 "\n"
 "The other arguments, the errors and what it says of threads are those of `lpsgd_`.");
 
-/* Like read_double; but with scratch, a tensor on its device is left for the GPU to read. */
+/* Like read_double; but with scratch, a tensor on its device is left for the GPU to read. `number` is
+ * NULL where the GPU cannot. */
 static int read_number(const torch_api *torch, const char *function, const char *name,
                        PyObject *object, double *value, const lpsgd_cuda_target *target,
                        lpsgd_device_number *number)
 {
     int device = 0;
-    if (object && target->scratch && cuda_number(torch, object, number, &device)) {
+    if (object && number && target->scratch && cuda_number(torch, object, number, &device)) {
         if (device == target->device)
             return 0;
         number->pointer = NULL;
@@ -306,11 +307,11 @@ static int read_integer(const char *function, const char *name, PyObject *object
     return 0;
 }
 
-/* A list or tuple of n items, or None, which gives NULL. Borrows. */
+/* A list or tuple of n items. Borrows; leaves *sequence as it is where object is NULL. */
 static int read_numbers(const char *function, const char *name, PyObject *object, Py_ssize_t n,
                         PyObject **sequence)
 {
-    if (object == Py_None)
+    if (!object)
         return 0;
     if (!(PyList_Check(object) || PyTuple_Check(object)) || PySequence_Size(object) != n)
         return refuse_argument(function, name, "list or tuple of one int for each parameter");
@@ -318,8 +319,17 @@ static int read_numbers(const char *function, const char *name, PyObject *object
     return 0;
 }
 
-static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwargs,
-                                int has_momentum)
+/* The arguments of lpsgd_ and lpsgdm_, borrowed. Those left out are NULL, and so is None where it
+ * means the same. */
+typedef struct arguments {
+    PyObject *sequence[MAX_LISTS];
+    PyObject *lr, *p, *momentum, *weight_decay, *eps, *pivot;
+    PyObject *grad_scale, *found_inf, *seed, *step, *streams, *offsets, *scratch;
+    int maximize, momentum_float32, dry_run;
+} arguments;
+
+static int parse(const char *function, PyObject *args, PyObject *kwargs, int has_momentum,
+                 arguments *a)
 {
     static char *lpsgd_names[] = {"params",    "grads",      "lr",        "p",       "weight_decay",
                                   "eps",       "pivot",      "maximize",  "grad_scale", "found_inf",
@@ -330,82 +340,113 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
                                    "maximize",   "grad_scale", "found_inf",      "seed",
                                    "step",       "streams",  "offsets",          "scratch",
                                    "dry_run",    "momentum", "momentum_float32", NULL};
-    const char *function = has_momentum ? "lpsgdm_" : "lpsgd_";
-    tensor_lists lists = {
+    const int parsed =
+        has_momentum
+            ? PyArg_ParseTupleAndKeywords(
+                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOp:lpsgdm_", lpsgdm_names, &a->sequence[0],
+                  &a->sequence[1], &a->sequence[2], &a->lr, &a->p, &a->weight_decay, &a->eps,
+                  &a->pivot, &a->maximize, &a->grad_scale, &a->found_inf, &a->seed, &a->step,
+                  &a->streams, &a->offsets, &a->scratch, &a->dry_run, &a->momentum,
+                  &a->momentum_float32)
+            : PyArg_ParseTupleAndKeywords(
+                  args, kwargs, "OO|$OOOOOpOOOOOOOp:lpsgd_", lpsgd_names, &a->sequence[0],
+                  &a->sequence[1], &a->lr, &a->p, &a->weight_decay, &a->eps, &a->pivot,
+                  &a->maximize, &a->grad_scale, &a->found_inf, &a->seed, &a->step, &a->streams,
+                  &a->offsets, &a->scratch, &a->dry_run);
+    if (!parsed)
+        return -1;
+    if (!a->lr || !a->p) {
+        PyErr_Format(PyExc_TypeError, "%s() missing required keyword-only argument: '%s'",
+                     function, a->lr ? "p" : "lr");
+        return -1;
+    }
+    PyObject **const optional[] = {&a->grad_scale, &a->found_inf, &a->seed,
+                                   &a->streams,    &a->offsets,   &a->scratch};
+    for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
+        if (*optional[i] == Py_None)
+            *optional[i] = NULL;
+    return 0;
+}
+
+/* Fills in the numbers that are given, checked for their types alone. Those that stay on a GPU go into
+ * `numbers`. */
+static int read_hyper(const torch_api *torch, const char *function, const arguments *a,
+                      lpsgd_hyper *hyper, lpsgd_cuda_target *numbers, double *found_inf)
+{
+    hyper->maximize = a->maximize;
+    hyper->momentum_float32 = a->momentum_float32;
+    hyper->stochastic_rounding = a->seed != NULL;
+    hyper->p = 2.0; /* where the GPU has the number */
+    const struct {
+        const char *name;
+        PyObject *object;
+        double *value;
+        lpsgd_device_number *number; /* NULL: the GPU cannot read it */
+    } all[] = {
+        {"lr", a->lr, &hyper->lr, &numbers->lr},
+        {"p", a->p, &hyper->p, &numbers->p},
+        {"momentum", a->momentum, &hyper->momentum, NULL},
+        {"weight_decay", a->weight_decay, &hyper->weight_decay, &numbers->weight_decay},
+        {"eps", a->eps, &hyper->eps, NULL},
+        {"pivot", a->pivot, &hyper->pivot, NULL},
+        {"grad_scale", a->grad_scale, &hyper->grad_scale, &numbers->grad_scale},
+        {"found_inf", a->found_inf, found_inf, &numbers->found_inf},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (read_number(torch, function, all[i].name, all[i].object, all[i].value, numbers,
+                        all[i].number))
+            return -1;
+    if (a->step && read_integer(function, "step", a->step, &hyper->step))
+        return -1;
+    return a->seed ? read_integer(function, "seed", a->seed, &hyper->seed) : 0;
+}
+
+static tensor_lists lists_of(const char *function, int has_momentum)
+{
+    return (tensor_lists){
         .function = function,
         .count = has_momentum ? 3 : 2,
         .name = {"params", "grads", "momentum_buffers"},
         .written = {1, 0, 1},
     };
-    PyObject *sequence[MAX_LISTS] = {NULL}, *lr = NULL, *p = NULL, *momentum = NULL,
-             *weight_decay = NULL, *eps = NULL, *pivot = NULL, *grad_scale = Py_None,
-             *found_inf = Py_None, *seed = Py_None, *rounding_step = NULL, *streams = Py_None,
-             *offsets = Py_None, *scratch = Py_None;
+}
+
+static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwargs,
+                                int has_momentum)
+{
+    const char *function = has_momentum ? "lpsgdm_" : "lpsgd_";
+    torch_api *torch = &state_of(module)->torch;
+    tensor_lists lists = lists_of(function, has_momentum);
+    arguments a = {.lr = NULL};
     lpsgd_hyper hyper = {
         .momentum = has_momentum ? 0.9 : 0.0, .eps = 1e-8, .pivot = 1.0, .grad_scale = 1.0};
     lpsgd_cuda_target numbers = {.scratch = NULL};
-    double found = 0.0;
-    int dry_run = 0;
-    const int parsed =
-        has_momentum
-            ? PyArg_ParseTupleAndKeywords(
-                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOp:lpsgdm_", lpsgdm_names, &sequence[0],
-                  &sequence[1], &sequence[2], &lr, &p, &weight_decay, &eps, &pivot, &hyper.maximize,
-                  &grad_scale, &found_inf, &seed, &rounding_step, &streams, &offsets, &scratch,
-                  &dry_run, &momentum, &hyper.momentum_float32)
-            : PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$OOOOOpOOOOOOOp:lpsgd_", lpsgd_names,
-                                          &sequence[0], &sequence[1], &lr, &p, &weight_decay, &eps,
-                                          &pivot, &hyper.maximize, &grad_scale, &found_inf, &seed,
-                                          &rounding_step, &streams, &offsets, &scratch, &dry_run);
-    if (!parsed)
+    double found_inf = 0.0;
+    if (parse(function, args, kwargs, has_momentum, &a))
         return NULL;
-    if (!lr || !p) {
-        PyErr_Format(PyExc_TypeError, "%s() missing required keyword-only argument: '%s'",
-                     function, lr ? "p" : "lr");
-        return NULL;
-    }
-    torch_api *torch = &state_of(module)->torch;
-    if (scratch != Py_None) {
+    if (a.scratch) {
         numbers.scratch =
-            cuda_scratch(torch, function, scratch, lpsgd_cuda_scratch_size(), &numbers.device);
+            cuda_scratch(torch, function, a.scratch, lpsgd_cuda_scratch_size(), &numbers.device);
         if (!numbers.scratch)
             return NULL;
     }
-    hyper.p = 2.0; /* where the GPU has the number */
-    if (read_number(torch, function, "lr", lr, &hyper.lr, &numbers, &numbers.lr) ||
-        read_number(torch, function, "p", p, &hyper.p, &numbers, &numbers.p) ||
-        read_double(function, "momentum", momentum, &hyper.momentum) ||
-        read_number(torch, function, "weight_decay", weight_decay, &hyper.weight_decay, &numbers,
-                    &numbers.weight_decay) ||
-        read_double(function, "eps", eps, &hyper.eps) ||
-        read_double(function, "pivot", pivot, &hyper.pivot) ||
-        (grad_scale != Py_None && read_number(torch, function, "grad_scale", grad_scale,
-                                              &hyper.grad_scale, &numbers, &numbers.grad_scale)) ||
-        (found_inf != Py_None && read_number(torch, function, "found_inf", found_inf, &found,
-                                             &numbers, &numbers.found_inf)) ||
-        (rounding_step && read_integer(function, "step", rounding_step, &hyper.step)))
-        return NULL;
-    if (seed != Py_None) {
-        hyper.stochastic_rounding = 1;
-        if (read_integer(function, "seed", seed, &hyper.seed))
-            return NULL;
-    }
-    const Py_ssize_t n = PySequence_Size(sequence[0]);
+    const Py_ssize_t n = PySequence_Size(a.sequence[0]);
     if (n < 0)
-        PyErr_Clear(); /* step() says what is wrong */
-    if (read_numbers(function, "streams", streams, n, &lists.streams) ||
-        read_numbers(function, "offsets", offsets, n, &lists.indices))
+        PyErr_Clear(); /* snapshot() says what is wrong */
+    if (read_hyper(torch, function, &a, &hyper, &numbers, &found_inf) ||
+        read_numbers(function, "streams", a.streams, n, &lists.streams) ||
+        read_numbers(function, "offsets", a.offsets, n, &lists.indices))
         return NULL;
     int result = check_hyper(&hyper);
     for (int j = 0; j < lists.count && result == 0; j++) {
-        lists.tuple[j] = snapshot(function, lists.name[j], sequence[j]);
+        lists.tuple[j] = snapshot(function, lists.name[j], a.sequence[j]);
         result = lists.tuple[j] ? 0 : -1;
     }
     if (result == 0) {
         const param_section all = {PyTuple_Size(lists.tuple[0]), hyper};
         lists.sections = &all;
         lists.section_count = 1;
-        result = step(torch, &lists, &numbers, !dry_run && found == 0.0);
+        result = step(torch, &lists, &numbers, !a.dry_run && found_inf == 0.0);
     }
     release(&lists);
     return result == 0 ? Py_NewRef(Py_None) : NULL;
@@ -448,12 +489,7 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
         return NULL;
     }
     module_state *own = state_of(module);
-    tensor_lists lists = {
-        .function = "step_param_groups",
-        .count = has_momentum ? 3 : 2,
-        .name = {"params", "grads", "momentum_buffers"},
-        .written = {1, 0, 1},
-    };
+    tensor_lists lists = lists_of("step_param_groups", has_momentum);
     const lpsgd_cuda_target no_numbers = {.scratch = NULL};
     const Py_ssize_t count = PyList_Size(param_groups);
     param_section *sections = PyMem_Calloc((size_t)count + 1, sizeof *sections);

@@ -339,6 +339,19 @@ typedef struct known_tensor {
     uintptr_t bytes;
 } known_tensor;
 
+/* Is there memory, in the address space, at a place for elements of this size? */
+static int check_address(const place *at, const known_tensor *found, int64_t itemsize)
+{
+    const uintptr_t data = (uintptr_t)found->data;
+    if (!data)
+        return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
+    if (data > UINTPTR_MAX - found->bytes)
+        return refuse(at, PyExc_RuntimeError, "has memory that ends beyond the address space");
+    if (data & (uintptr_t)(itemsize - 1))
+        return refuse(at, PyExc_ValueError, "is not aligned to its element size");
+    return 0;
+}
+
 /* The negative bit and inference mode, which cost a call of a Python method each, are left out for an
  * object that passed these checks in the call before, by its address, and still has the same memory.
  * A gradient of one element is always asked for its negative bit, since autograd makes such
@@ -352,22 +365,16 @@ static int check_memory(const torch_api *torch, const place *at, PyObject *tenso
     const known_tensor found = {tensor, numel ? read->data : NULL, (uintptr_t)(numel * itemsize)};
     const int same = known->tensor == found.tensor && known->data == found.data &&
                      known->bytes == found.bytes;
-    if (numel && (!same || (numel == 1 && !written)) && check_not_negated(torch, at, tensor))
-        return -1;
     int inference = 0;
-    if (numel && !same && written && check_inference(torch, at, tensor, &inference))
-        return -1;
-    if (numel && check_storage(torch, at, tensor, numel, itemsize))
-        return -1;
-    if (numel && !same) {
-        if (!found.data)
-            return refuse(at, PyExc_RuntimeError, "has no memory: its storage has been freed");
-        if ((uintptr_t)found.data > UINTPTR_MAX - found.bytes)
-            return refuse(at, PyExc_RuntimeError, "has memory that ends beyond the address space");
+    if (numel) {
+        if ((!same || (numel == 1 && !written)) && check_not_negated(torch, at, tensor))
+            return -1;
+        if (!same && written && check_inference(torch, at, tensor, &inference))
+            return -1;
+        if (check_storage(torch, at, tensor, numel, itemsize) ||
+            check_address(at, &found, itemsize))
+            return -1;
     }
-    /* The same memory may have got another dtype. */
-    if (numel && ((uintptr_t)found.data & (uintptr_t)(itemsize - 1)))
-        return refuse(at, PyExc_ValueError, "is not aligned to its element size");
     if (!same) {
         *known = found;
         if (inference) /* asks again next time */
