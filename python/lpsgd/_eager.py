@@ -114,6 +114,19 @@ def _fit(x: _Number, dtype: torch.dtype) -> _Number:
     return math.copysign(math.inf, x) if x == x else x
 
 
+def _as_real(
+    param: Tensor, grad: Tensor, buffer: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """Complex tensors as pairs of real numbers. Conjugated ones have no such view: copies are
+    stepped, which the last result has beside them."""
+    written = [param] if buffer is None else [param, buffer]
+    plain = [tensor.resolve_conj() for tensor in written]
+    conjugated = [(a, b) for a, b in zip(written, plain, strict=True) if a.is_conj()]
+    param, *buffers = map(torch.view_as_real, plain)
+    grad = torch.view_as_real(grad.resolve_conj())
+    return param, grad, buffers[0] if buffers else None, conjugated
+
+
 def for_loop(
     params: list[Tensor],
     grads: list[Tensor],
@@ -148,14 +161,9 @@ def for_loop(
     factor = _grad_factor(grad_scale, maximize)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         buffer = momentum_buffers[i] if momentum_buffers is not None else None
-        conjugated = []  # what view_as_real does not take, and the copies that are stepped
+        conjugated: list[tuple[Tensor, Tensor]] = []
         if param.is_complex():
-            written = [param] if buffer is None else [param, buffer]
-            plain = [tensor.resolve_conj() for tensor in written]
-            conjugated = [(a, b) for a, b in zip(written, plain, strict=True) if a.is_conj()]
-            param, *buffers = map(torch.view_as_real, plain)
-            buffer = buffers[0] if buffers else None
-            grad = torch.view_as_real(grad.resolve_conj())
+            param, grad, buffer, conjugated = _as_real(param, grad, buffer)
         half = param.dtype in HALF_DTYPES
         w = param.float() if half else param
         random = None

@@ -62,22 +62,25 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+def _check_range(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Tensor {name} must be 1-element")
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return  # to look at it would wait for the device
+    text, in_range = _RANGES[name]
+    try:
+        valid = in_range(value)
+    except (TypeError, NotImplementedError):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
+    if not valid:
+        raise ValueError(f"Invalid {text}: {value}")
+
+
 def _check_values(values: dict[str, Any]) -> None:
     """Raises, naming the argument, for a value of a group that no step can use."""
-    for name, (text, in_range) in _RANGES.items():
-        if name not in values:
-            continue
-        value = values[name]
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element")
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            continue  # to look at it would wait for the device
-        try:
-            valid = in_range(value)
-        except (TypeError, NotImplementedError):
-            raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
-        if not valid:
-            raise ValueError(f"Invalid {text}: {value}")
+    for name in _RANGES:
+        if name in values:
+            _check_range(name, values[name])
     if values.get("momentum_dtype") not in (None, *_FLOAT32):
         raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
     for name in ("seed", "rounding_step"):
@@ -344,37 +347,20 @@ class _LPOptimizer(Optimizer):
     ) -> list[Callable[[], None]]:
         """The calls that make a group's step, all of whose tensors are checked here. `alone`: there
         is no other group; then the step may have been made already."""
-        values = {name: group[name] for name in self._HYPER}
-        grad_scale = getattr(self, "grad_scale", None)
-        if grad_scale is not None:
-            values["grad_scale"] = grad_scale
-        found_inf = getattr(self, "found_inf", None)
-        if is_on_cuda(found_inf):
-            values["found_inf"] = found_inf
-        if group.get("momentum_dtype") in _FLOAT32:
-            values["momentum_float32"] = True
-        stochastic = group["stochastic_rounding"]
-        rounding: dict[str, int] = {}
-        count: list[Callable[[], None]] = []  # the step, once it has been made
-        if stochastic:
-            _check_values(group)  # now, as rounding_step is counted on here
-            step = group.get("rounding_step", 0)
-            rounding = {"seed": group["seed"], "step": step}
-            alone = False  # the count is a call after the step's
-            step += not changes_nothing(self)
-            count.append(partial(operator.setitem, group, "rounding_step", step))
-        fused, foreach, differentiable = group["fused"], group["foreach"], group["differentiable"]
-        by_default = fused is None and foreach is None
-        in_c = not differentiable and (fused or (by_default and not observed()))
+        values = self._values(group)
+        rounding, count = self._rounding(group)
+        by_default = group["fused"] is None and group["foreach"] is None
+        in_c = not group["differentiable"] and (group["fused"] or (by_default and not observed()))
         refusal = None
-        if group["capturable"] and not fused:
+        if group["capturable"] and not group["fused"]:
             check_capturable(lists[0])
         if in_c and not any(map(is_on_cuda, values.values())):
-            numbers: dict[str, Any] = {"streams": streams} if stochastic else {}
-            native = partial(self._native_step, lists, **values, **rounding, **numbers)
+            numbers = {**rounding, "streams": streams} if rounding else {}
+            native = partial(self._native_step, lists, **values, **numbers)
+            at_once = alone and not count
             try:
-                native(dry_run=not alone)
-                return [] if alone else [native, *count]
+                native(dry_run=not at_once)
+                return [] if at_once else [native, *count]
             except lpsgd_ext.CudaError:
                 raise
             except (TypeError, ValueError, RuntimeError) as error:
@@ -384,11 +370,11 @@ class _LPOptimizer(Optimizer):
         rows = [
             piece
             for i, tensors in enumerate(zip(*lists, strict=True))
-            for piece in localize(Row(tensors, streams[i] if stochastic else i), stochastic)
+            for piece in localize(Row(tensors, streams[i] if rounding else i), bool(rounding))
         ]
         native_rows = [row for row in rows if in_c and is_native(row.tensors)]
         others = [row for row in rows if not (in_c and is_native(row.tensors))]
-        if fused and others:
+        if group["fused"] and others:
             check_fused(others)
             try:
                 raise refusal or RuntimeError("`fused=True` needs tensors that C can step")
@@ -396,25 +382,65 @@ class _LPOptimizer(Optimizer):
                 del refusal  # its traceback holds this frame
         if in_c:
             warn_of_fallback(others)
-        calls: list[Callable[[], None]] = []
-        for device, same in by_device(native_rows):
-            numbers = {
-                **for_device(values, device),
-                **rounding,
-                **numbers_of(same),
-            }
-            native = partial(self._native_step, columns(same), **numbers)
-            native(dry_run=True)
-            calls.append(native)
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        use_foreach = foreach or (by_default and not differentiable and not transformed)
-        if others and not (is_on_cuda(found_inf) and found_inf != 0):
-            values.pop("found_inf", None)
-            calls += eager_calls(others, use_foreach, for_eager(group, values), rounding)
+        calls = self._native_calls(native_rows, values, rounding)
+        calls += self._fallback_calls(group, others, values, rounding)
         written = [tensor for column in lists[::2] for tensor in column]
         if any(_shards.is_dtensor(tensor) for tensor in written):
             calls.append(partial(torch.autograd.graph.increment_version, written))
         return calls + count
+
+    def _values(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What a group's step takes beside tensors and what stochastic rounding needs."""
+        values = {name: group[name] for name in self._HYPER}
+        grad_scale = getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            values["grad_scale"] = grad_scale
+        found_inf = getattr(self, "found_inf", None)
+        if is_on_cuda(found_inf):
+            values["found_inf"] = found_inf
+        if group.get("momentum_dtype") in _FLOAT32:
+            values["momentum_float32"] = True
+        return values
+
+    def _rounding(self, group: dict[str, Any]) -> tuple[dict[str, int], list[Callable[[], None]]]:
+        """What stochastic rounding needs, and the call that counts the step once it is made."""
+        if not group["stochastic_rounding"]:
+            return {}, []
+        _check_values(group)  # now, as rounding_step is counted on here
+        step = group.get("rounding_step", 0)
+        following = step + (not changes_nothing(self))
+        count = partial(operator.setitem, group, "rounding_step", following)
+        return {"seed": group["seed"], "step": step}, [count]
+
+    def _native_calls(
+        self, rows: list[Row], values: dict[str, Any], rounding: dict[str, int]
+    ) -> list[Callable[[], None]]:
+        calls: list[Callable[[], None]] = []
+        for device, same in by_device(rows):
+            numbers = {**for_device(values, device), **rounding, **numbers_of(same)}
+            native = partial(self._native_step, columns(same), **numbers)
+            native(dry_run=True)
+            calls.append(native)
+        return calls
+
+    def _fallback_calls(
+        self,
+        group: dict[str, Any],
+        rows: list[Row],
+        values: dict[str, Any],
+        rounding: dict[str, int],
+    ) -> list[Callable[[], None]]:
+        """Those in PyTorch's operations."""
+        found_inf = values.get("found_inf")
+        if not rows or (found_inf is not None and found_inf != 0):
+            return []
+        values = {name: value for name, value in values.items() if name != "found_inf"}
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        by_default = group["fused"] is None and group["foreach"] is None
+        use_foreach = group["foreach"] or (
+            by_default and not group["differentiable"] and not transformed
+        )
+        return eager_calls(rows, use_foreach, for_eager(group, values), rounding)
 
 
 class LPSGD(_LPOptimizer):

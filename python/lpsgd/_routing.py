@@ -118,6 +118,20 @@ def check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
             raise TypeError(
                 f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
             )
+    _check_eager_match(param, grad, buffers, momentum_float32)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # no memory to look at
+    for tensor in (param, *buffers):
+        _check_eager_written(tensor, transformed)
+    if not transformed and any(
+        type(tensor) in PLAIN_TYPES and _is_out_of_bounds(tensor) for tensor in tensors
+    ):
+        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
+
+
+def _check_eager_match(
+    param: Tensor, grad: Tensor, buffers: Sequence[Tensor], momentum_float32: bool
+) -> None:
+    tensors = (param, grad, *buffers)
     if any(tensor.layout != torch.strided for tensor in tensors):
         raise RuntimeError(_NO_SPARSE)
     for tensor in tensors[1:]:
@@ -139,26 +153,23 @@ def check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
         expected = momentum_dtype_of(param, momentum_float32)
         if buffer.dtype != expected:
             raise RuntimeError(f"momentum_buffer must be {expected}, but is {buffer.dtype}")
-    for tensor in (param, *buffers):
-        if tensor.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "Inplace update to inference tensor outside InferenceMode is not allowed"
-            )
-        if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
-            raise RuntimeError(
-                "a leaf Variable that requires grad is being used in an in-place operation."
-            )
-    if torch._C._functorch.peek_interpreter_stack():
-        return  # no memory to look at
-    for tensor in (param, *buffers):
-        if torch._debug_has_internal_overlap(tensor) == 1:
-            raise RuntimeError(
-                "unsupported operation: more than one element of the written-to tensor refers to "
-                "a single memory location. Please clone() the tensor before performing the "
-                "operation."
-            )
-    if any(type(tensor) in PLAIN_TYPES and _is_out_of_bounds(tensor) for tensor in tensors):
-        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
+
+
+def _check_eager_written(tensor: Tensor, transformed: bool) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed"
+        )
+    if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+    if not transformed and torch._debug_has_internal_overlap(tensor) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to "
+            "a single memory location. Please clone() the tensor before performing the "
+            "operation."
+        )
 
 
 def check_fused(rows: Sequence[Row]) -> None:
