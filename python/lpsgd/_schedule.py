@@ -237,7 +237,9 @@ class CosineAnnealingP(_PScheduler):
 
     k is kept in the group too, as `p_last_epoch`. So the optimizer's state_dict alone resumes the
     schedule, loaded before or after the schedule is made. A group added later joins the others at
-    the next step: its `p` is then as far on the way from its own value as theirs.
+    the next step: its `p` is then as far on the way from its own value as theirs. If that is
+    infinite, there is no way: the schedule's step raises, which with `every_step=True` comes after
+    the optimizer's.
 
     Args:
         optimizer: an optimizer whose groups have a `p`, finite and :math:`\geq 2`.
