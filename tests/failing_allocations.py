@@ -20,6 +20,7 @@ import lpsgd
 import lpsgd_ext
 
 SIZES = (5, 64, 300)
+MANY = SIZES * 7  # CPython keeps tuples of fewer than 20 items, and allocates none anew
 ROUNDS = 8
 
 shim = ctypes.CDLL(None)
@@ -31,8 +32,8 @@ shim.failures_left.restype = shim.live_allocations.restype = ctypes.c_long
 class Lists:
     """The lists of a call of lpsgd_ext, which `call` makes."""
 
-    def __init__(self, call, count=3, remembered=True):
-        self.lists = [[torch.linspace(-1, 1, n) for n in SIZES] for _ in range(count)]
+    def __init__(self, call, count=3, remembered=True, sizes=SIZES):
+        self.lists = [[torch.linspace(-1, 1, n) for n in sizes] for _ in range(count)]
         self.function = call
         if remembered:
             self()
@@ -99,7 +100,9 @@ CALLS = {
     "lpsgdm_": lambda: Lists(lpsgdm),
     "lpsgdm_, first": lambda: Lists(lpsgdm, remembered=False),
     "lpsgdm_, rounded": lambda: Lists(rounded),
+    "lpsgdm_, many": lambda: Lists(lpsgdm, sizes=MANY),
     "step_param_groups": lambda: Lists(param_groups, 2),
+    "step_param_groups, many": lambda: Lists(param_groups, 2, sizes=MANY),
     "LPSGD": lambda: Step(lpsgd.LPSGD),
     "LPSGDM": lambda: Step(lpsgd.LPSGDM),
     "LPSGDM, first": lambda: Step(lpsgd.LPSGDM, first=True),
