@@ -48,7 +48,7 @@ packages_of() {
 
 missing=
 packages=
-for need in $(echo "$@" | sed 's/\bpython\b/python-venv python-dev/'); do
+for need in $(echo " $* " | sed 's/ python / python-venv python-dev /'); do
     has "$need" && continue
     missing="$missing $need"
     packages="$packages $(packages_of "$need")"
