@@ -178,8 +178,11 @@ def set_grads(optimizer):
                 param.grad = torch.full_like(param, 0.5)
 
 
-def frozen(value):
-    """What a value is, to be compared later; a tensor's bits where they can be read."""
+def frozen(value, holders=()):
+    """What a value is, to be compared later; a tensor's bits where they can be read. `holders` are
+    the dicts and lists that it lies in, which a damaged file may put into themselves."""
+    if id(value) in holders:
+        return "holds itself"
     if isinstance(value, torch.Tensor):
         readable = (
             value.layout == torch.strided
@@ -190,10 +193,11 @@ def frozen(value):
             and value.untyped_storage().nbytes() >= value.nbytes
         )
         return id(value), value._version, bits(value).tolist() if readable else None
+    holders = (*holders, id(value))
     if isinstance(value, dict):
-        return [(frozen(k), frozen(v)) for k, v in value.items()]
+        return [(frozen(k, holders), frozen(v, holders)) for k, v in value.items()]
     if isinstance(value, list | tuple):
-        return [frozen(v) for v in value]
+        return [frozen(v, holders) for v in value]
     return repr(value)
 
 
