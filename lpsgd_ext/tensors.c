@@ -352,11 +352,10 @@ static int check_address(const place *at, const known_tensor *found, int64_t ite
     return 0;
 }
 
-/* The negative bit and inference mode, which cost a call of a Python method each, are left out for an
- * object that passed these checks in the call before, by its address, and still has the same memory.
- * A gradient of one element is always asked for its negative bit, since autograd makes such
- * gradients. The storage is always asked for its size: one that shrinks moves, but may move back when
- * it shrinks again. Sets *changed and *known if the tensor is another one. */
+/* Whether it is an inference tensor is not asked of an object that passed in the call before, by its
+ * address, and still has the same memory. The negative bit and the storage's size may change even
+ * then: `.data = ` takes any view of the memory, and a storage that shrinks moves, but may move back
+ * when it shrinks again. Sets *changed and *known if the tensor is another one. */
 static int check_memory(const torch_api *torch, const place *at, PyObject *tensor, int written,
                         const lpsgd_dl_tensor *read, int64_t numel, known_tensor *known,
                         int *changed)
@@ -367,7 +366,7 @@ static int check_memory(const torch_api *torch, const place *at, PyObject *tenso
                      known->bytes == found.bytes;
     int inference = 0;
     if (numel) {
-        if ((!same || (numel == 1 && !written)) && check_not_negated(torch, at, tensor))
+        if (check_not_negated(torch, at, tensor))
             return -1;
         if (!same && written && check_inference(torch, at, tensor, &inference))
             return -1;

@@ -89,6 +89,19 @@ def test_a_storage_that_shrank_and_moved_back_is_refused(which):
         step(tensors)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_memory_that_is_read_as_negative_later_is_refused(which):
+    values = torch.linspace(-1, 1, 8)
+    tensors = lists(size=4)
+    tensors[which][1] = values.as_strided((4,), (1,), 1)
+    step(tensors)
+    negated = torch.view_as_complex(values.view(4, 2)).conj().imag.as_strided((4,), (1,))
+    tensors[which][1].data = negated  # an imaginary part has gaps, until it is viewed like this
+    assert negated.data_ptr() == values[1:].data_ptr() and tensors[which][1].is_neg()
+    with pytest.raises(RuntimeError, match="negative bit"):
+        step(tensors)
+
+
 def test_more_lists_than_are_remembered_keep_their_own_bits():
     many = [lists(n) for n in range(1, 13)]
     alone = [[[t.clone() for t in ts] for ts in tensors] for tensors in many]
