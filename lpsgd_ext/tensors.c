@@ -590,7 +590,8 @@ static void distribute(buffer_groups *groups, const grouped_buffer *from, Py_ssi
 }
 
 /* Reads the tensors of index i and checks them; *numel is 0 if they are empty. *changed is set if one
- * that is written is another than in the call before. */
+ * that is written is another than in the call before. Shapes and strides, which are the tensors' own,
+ * are compared before check_memory calls PyTorch, where other threads may run. */
 static int read_row(const torch_api *torch, const tensor_lists *lists, Py_ssize_t i,
                     int momentum_float32, known_tensor *known, lpsgd_dl_tensor *row,
                     lpsgd_dtype *dtype, int64_t *numel, int *changed)
@@ -605,8 +606,11 @@ static int read_row(const torch_api *torch, const tensor_lists *lists, Py_ssize_
         if (j == 0 ? check_kind(&at, tensor, row, dtype, numel)
                    : check_match(&at, tensor, row, &row[j], wide ? single : row[0].dtype, *numel))
             return -1;
-        if (check_memory(torch, &at, tensor, lists->written[j], &row[j], *numel, &known[j],
-                         changed))
+    }
+    for (int j = 0; j < lists->count; j++) {
+        const place at = {lists->function, lists->name[j], i};
+        if (check_memory(torch, &at, PyTuple_GetItem(lists->tuple[j], i), lists->written[j],
+                         &row[j], *numel, &known[j], changed))
             return -1;
     }
     return 0;
