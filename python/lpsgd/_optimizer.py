@@ -95,6 +95,26 @@ def _check_values(values: dict[str, Any]) -> None:
         raise RuntimeError("`stochastic_rounding` does not support `capturable`")
 
 
+def _by_default(group: dict[str, Any]) -> bool:
+    """Whether the group leaves it to us how to step."""
+    return group["fused"] is None and group["foreach"] is None
+
+
+def _fallback_calls(
+    group: dict[str, Any], rows: list[Row], values: dict[str, Any], rounding: dict[str, int]
+) -> list[Callable[[], None]]:
+    """A group's step in PyTorch's operations."""
+    found_inf = values.get("found_inf")
+    if not rows or (found_inf is not None and found_inf != 0):
+        return []
+    values = {name: value for name, value in values.items() if name != "found_inf"}
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    use_foreach = group["foreach"] or (
+        _by_default(group) and not group["differentiable"] and not transformed
+    )
+    return eager_calls(rows, use_foreach, for_eager(group, values), rounding)
+
+
 def changes_nothing(optimizer: Optimizer) -> bool:
     """Whether lr and the gradients are all 0: torch.distributed.checkpoint takes such a step where
     it finds an optimizer without state. It is none of the steps that are counted."""
@@ -349,8 +369,9 @@ class _LPOptimizer(Optimizer):
         is no other group; then the step may have been made already."""
         values = self._values(group)
         rounding, count = self._rounding(group)
-        by_default = group["fused"] is None and group["foreach"] is None
-        in_c = not group["differentiable"] and (group["fused"] or (by_default and not observed()))
+        in_c = not group["differentiable"] and (
+            group["fused"] or (_by_default(group) and not observed())
+        )
         refusal = None
         if group["capturable"] and not group["fused"]:
             check_capturable(lists[0])
@@ -383,7 +404,7 @@ class _LPOptimizer(Optimizer):
         if in_c:
             warn_of_fallback(others)
         calls = self._native_calls(native_rows, values, rounding)
-        calls += self._fallback_calls(group, others, values, rounding)
+        calls += _fallback_calls(group, others, values, rounding)
         written = [tensor for column in lists[::2] for tensor in column]
         if any(_shards.is_dtensor(tensor) for tensor in written):
             calls.append(partial(torch.autograd.graph.increment_version, written))
@@ -422,25 +443,6 @@ class _LPOptimizer(Optimizer):
             native(dry_run=True)
             calls.append(native)
         return calls
-
-    def _fallback_calls(
-        self,
-        group: dict[str, Any],
-        rows: list[Row],
-        values: dict[str, Any],
-        rounding: dict[str, int],
-    ) -> list[Callable[[], None]]:
-        """Those in PyTorch's operations."""
-        found_inf = values.get("found_inf")
-        if not rows or (found_inf is not None and found_inf != 0):
-            return []
-        values = {name: value for name, value in values.items() if name != "found_inf"}
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        by_default = group["fused"] is None and group["foreach"] is None
-        use_foreach = group["foreach"] or (
-            by_default and not group["differentiable"] and not transformed
-        )
-        return eager_calls(rows, use_foreach, for_eager(group, values), rounding)
 
 
 class LPSGD(_LPOptimizer):
