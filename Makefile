@@ -1,23 +1,5 @@
 # SPDX-License-Identifier: MIT
-# make demo    trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
-# make test    runs every test; TORCH=2.13.0 make test runs them against that PyTorch
-# make leaks   makes a million steps and looks at memory and references
-# make test-frameworks  runs those with Lightning, Hugging Face, timm and others; TORCH likewise
-# make experiments  runs the studies of benchmarks/paper, about four hours on two cores
-# make experiments-small  runs them all reduced, in minutes
-# make notebooks  runs those of benchmarks/notebooks and keeps their output
-# make docs    builds the documentation site in build/docs
-# make sanitize  runs C's and the module's tests under sanitizers and valgrind, in ten minutes
-# make coverage  says which lines of C and Python no test runs
-# make fuzz    runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
-# make golden  compares the bits from two compilers at every level on four processors, in minutes
-# make exhaustive  measures the error of every float32, in twenty minutes on two cores
-# make lib     builds csrc as a static library with a pkg-config file
-# make bench   times step() against PyTorch's optimizers (docs/speed.md); BENCH="--parts targets"
-# make bench-save, make bench-compare  time ours, and say later what has become slower
-# make wheel   builds the release in dist and checks it, make test-wheel tries it out
-# make gpu     checks bits on a GPU and times step() there (docs/gpu.md)
-# make gpu-sanitize  runs the checks under NVIDIA's compute-sanitizer
+# `make` prints the targets: the comments behind "##". Durations are those of two cores.
 
 PYTHON ?= python3
 TORCH ?=
@@ -25,43 +7,61 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
-.PHONY: demo experiments experiments-small notebooks test fuzz leaks test-frameworks docs lib bench \
-    bench-save bench-compare gpu gpu-sanitize sanitize sanitize-gcc sanitize-clang coverage \
-    install wheel test-wheel clean
+# Which tests `make test` runs; TESTS=tests/optimizer runs those alone.
+TESTS ?=
+PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
-demo: install
+.PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
+    test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
+    sanitize sanitize-gcc sanitize-clang coverage install wheel test-wheel clean
+
+help:
+	@echo "make TARGET; the environment, in build/venv, takes 3 minutes more at the first. TARGET is"
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
+	@echo "TORCH=2.13.0 make TARGET takes that PyTorch, in an environment of its own."
+
+demo: install ## trains LPSGDM beside SGD, SGDM and AdamW and draws what happens: 1 minute
 	$(IN_VENV) -m benchmarks.paper.demo --output build/demo
 
-test: install
+test: system-packages install ## the tests: 6 minutes; TESTS=tests/optimizer runs those of a folder
+	$(PYTEST) $(TESTS)
+
+test-all: system-packages install ## the full products and longer samples as well: 20 minutes
+	$(PYTEST) -m "" $(TESTS)
+
+mutants: system-packages install ## breaks the code in 50 ways and says which test sees each
+	$(IN_VENV) tests/mutants/run.py $(MUTANTS)
+
+.PHONY: system-packages
+system-packages:
 	sh tests/system_packages.sh clang libfuzzer cmocka pkg-config qemu-user cross-aarch64 \
 	    cross-s390x
-	$(IN_VENV) -m pytest
 
-fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60)
+fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60) ## runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
 fuzz: install
 	sh tests/system_packages.sh clang libfuzzer
 	$(IN_VENV) -m pytest -q -s tests/fuzz
 
 # Python's debug build, which must be of the environment's version, asserts what it relies on. Its total
 # of references means nothing here: PyTorch's and our own code, built for release, does not count.
-leaks: install
+leaks: install ## makes a million steps and looks at memory and references: 9 minutes
 	sh tests/system_packages.sh python-debug
-	LPSGD_LEAK_STEPS=1000000 $(IN_VENV) -m pytest -s tests/test_leaks.py \
-	    tests/test_allocation_failures.py tests/test_refusals.py tests/test_param_groups.py
+	LPSGD_LEAK_STEPS=1000000 $(IN_VENV) -m pytest -s $(addprefix tests/module/test_,leaks.py \
+	    allocation_failures.py refusals.py param_groups.py)
 	PYTHONPATH="$$($(IN_VENV) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	    python3-dbg -m pytest -p no:cacheprovider tests/test_module.py tests/test_remembered.py \
-	    tests/test_refusals.py tests/test_param_groups.py
+	    python3-dbg -m pytest -p no:cacheprovider $(addprefix tests/module/test_,module.py \
+	    remembered.py refusals.py param_groups.py)
 
-test-frameworks: $(VENV)/.frameworks install
+test-frameworks: $(VENV)/.frameworks install ## the tests with Lightning, Hugging Face, timm and others: 2 minutes
 	$(IN_VENV) -m pytest tests/frameworks
 
-golden:
+golden: ## compares the bits from two compilers at every level on four processors: 3 minutes
 	sh tests/system_packages.sh clang qemu-user cross-aarch64 cross-s390x cross-riscv64
-	$(MAKE) -C tests/c golden
+	$(MAKE) -C tests/csrc golden
 
-# The result goes to tests/c/exhaustive.txt.
-exhaustive:
-	$(MAKE) -C tests/c exhaustive
+# The result goes to tests/csrc/exhaustive.txt.
+exhaustive: ## measures the error of every float32: 20 minutes
+	$(MAKE) -C tests/csrc exhaustive
 
 # The studies, in the order of their lengths; DATA is a directory with CIFAR-10 in ImageFolder layout,
 # or else torchvision downloads it. Started again, it goes on where it was.
@@ -70,6 +70,8 @@ STUDIES := pivot-digits anisotropy-digits anisotropy-cifar10 pivot-cifar10 sched
 experiments-small: SMALL := --small
 experiments-small: RESULTS := build/paper/small
 experiments: RESULTS := benchmarks/paper/results
+experiments: ## the studies of benchmarks/paper: 4 hours
+experiments-small: ## all of them reduced: 7 minutes
 experiments experiments-small: install
 	set -e; for study in $(STUDIES); do \
 	    $(IN_VENV) -m benchmarks.paper.sweep $$study $(SMALL) $(if $(DATA),--data $(DATA)); \
@@ -81,49 +83,49 @@ experiments experiments-small: install
 	$(IN_VENV) -m benchmarks.paper.toy --output $(RESULTS)
 
 # Runs the notebooks and keeps their output.
-notebooks: install
+notebooks: install ## runs those of benchmarks/notebooks and keeps their output
 	TQDM_DISABLE=1 $(VENV)/bin/jupyter nbconvert --execute --inplace \
 	    --ExecutePreprocessor.record_timing=False benchmarks/notebooks/*.ipynb
 
-docs: $(VENV)/.docs install
+docs: $(VENV)/.docs install ## builds the documentation site in build/docs: 1 minute
 	$(IN_VENV) -m sphinx -n -W --keep-going -q docs build/docs
 
-bench: install
+bench: install ## times step() against PyTorch's optimizers (docs/speed.md): 17 minutes
 	$(IN_VENV) -m benchmarks.speed $(BENCH)
 
 MICRO := benchmarks/speed/test_micro.py -p no:cacheprovider --benchmark-storage=build/bench \
     --benchmark-columns=median,iqr,rounds --benchmark-sort=name
-bench-save: install
+bench-save: install ## times our steps; make bench-compare says what has become slower since
 	$(IN_VENV) -m pytest $(MICRO) --benchmark-autosave
 bench-compare: install
 	$(IN_VENV) -m pytest $(MICRO) --benchmark-compare --benchmark-compare-fail=median:10%
 
 gpu gpu-sanitize: export LPSGD_CUDA = 1
-gpu: install
+gpu: install ## checks bits on a GPU and times step() there (docs/gpu.md)
 	$(IN_VENV) -m benchmarks.speed.gpu --output build/gpu
 
 # PyTorch's caching allocator would hide an access beyond a tensor that stays in its memory. PyTorch
 # tries calls of CUDA that may fail; our own failures raise.
-gpu-sanitize: install
+gpu-sanitize: install ## the checks under NVIDIA's compute-sanitizer
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=lpsgd_cuda \
 	    --report-api-errors no --target-processes application-only --error-exitcode 1 \
 	    $(IN_VENV) -m benchmarks.speed.gpu --sanitizer --output build/gpu-sanitize
 
 # PyTorch and Python leave objects of their own behind at exit, so that only the C tests look for leaks.
 # --capture=sys lets a sanitizer's report through, after which pytest has no chance to show anything.
-sanitize: sanitize-gcc sanitize-clang
-	$(MAKE) -C tests/c check-guard-pages
-	$(MAKE) -C tests/c check-threads
-	$(MAKE) -C tests/c check-memcheck
+sanitize: sanitize-gcc sanitize-clang ## C's and the module's tests under sanitizers and valgrind: 10 minutes
+	$(MAKE) -C tests/csrc check-guard-pages
+	$(MAKE) -C tests/csrc check-threads
+	$(MAKE) -C tests/csrc check-memcheck
 
-SANITIZED := $(addprefix tests/test_,module.py param_groups.py refusals.py remembered.py limits.py \
-    optimizer.py low_precision.py amp.py conventions_malformed.py conventions_step.py) \
-    tests/fuzz/test_fuzz_checkpoints.py
+SANITIZED := $(addprefix tests/module/test_,module.py param_groups.py refusals.py remembered.py) \
+    $(addprefix tests/optimizer/test_,limits.py optimizer.py low_precision.py amp.py \
+    conventions_malformed.py conventions_step.py) tests/fuzz/test_fuzz_checkpoints.py
 sanitize-gcc: ASAN := libasan.so
 sanitize-clang: ASAN := libclang_rt.asan-$(shell uname -m).so
 sanitize-gcc sanitize-clang: sanitize-%: install
 	sh tests/system_packages.sh clang clang-sanitizers cmocka valgrind
-	$(MAKE) -C tests/c check-sanitize CC=$*
+	$(MAKE) -C tests/csrc check-sanitize CC=$*
 	CC=$* LPSGD_SANITIZE=1 LPSGD_CUDA=0 LPSGD_WERROR=1 $(IN_VENV) setup.py -q build_ext \
 	    --build-temp build/sanitize/$*-objects --build-lib build/sanitize/$*
 	LD_PRELOAD="$$($* -print-file-name=$(ASAN)) $$($* -print-file-name=libstdc++.so.6)" \
@@ -131,21 +133,21 @@ sanitize-gcc sanitize-clang: sanitize-%: install
 	    $(IN_VENV) -m pytest -p no:cacheprovider --capture=sys $(SANITIZED)
 
 # The module is built with the stand-in for nvcc, so that the driver's double can run its CUDA steps.
-coverage: install
+coverage: install ## says which lines of C and Python no test runs: 25 minutes
 	sh tests/system_packages.sh cmocka
 	$(IN_VENV) -m pip install --quiet pytest-cov
 	rm -rf build/coverage
-	$(MAKE) -C tests/c check CC=gcc BUILD=$(CURDIR)/build/coverage/c CFLAGS='-O1 --coverage'
-	CC=gcc CFLAGS=--coverage LDFLAGS=--coverage NVCC=tests/c/nvcc_double.sh LPSGD_CUDA=1 \
+	$(MAKE) -C tests/csrc check CC=gcc BUILD=$(CURDIR)/build/coverage/c CFLAGS='-O1 --coverage'
+	CC=gcc CFLAGS=--coverage LDFLAGS=--coverage NVCC=tests/csrc/nvcc_double.sh LPSGD_CUDA=1 \
 	    $(IN_VENV) setup.py -q build_ext --build-temp build/coverage/objects \
 	    --build-lib build/coverage/module
 	export PYTHONPATH=build/coverage/module COVERAGE_FILE=build/coverage/python; \
 	$(IN_VENV) -m pytest -p no:cacheprovider --cov=lpsgd --cov-report= tests && \
 	LD_LIBRARY_PATH=build/coverage/c/double $(IN_VENV) -m pytest -p no:cacheprovider --cov=lpsgd \
-	    --cov-append --cov-report=term-missing tests/cuda_host
+	    --cov-append --cov-report=term-missing tests/cuda/host
 	sh tests/gcov.sh build/coverage
 
-lib:
+lib: ## builds csrc as a static library with a pkg-config file
 	$(MAKE) -C csrc
 
 # The package as a user gets it: built in isolation and installed, not linked to the sources.
@@ -177,8 +179,8 @@ $(VENV)/.docs: $(VENV)/.torch
 # A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.
 RELEASE_VENV := build/venv-release
 IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
-wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
-wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/release/tools.txt
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct) ## builds the release in dist and checks it: 1 minute
+wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/packaging/release/tools.txt
 wheel: export LPSGD_OPENMP := 1
 wheel: export LPSGD_WERROR := 1
 wheel: export LDSHARED := $(CC) -shared # a Python from elsewhere would leave its folder in the module
@@ -189,20 +191,20 @@ wheel: $(RELEASE_VENV)/.tools
 	cp build/wheel/*.tar.gz dist
 	$(IN_RELEASE) abi3audit --strict --report dist/*.whl
 	$(IN_RELEASE) twine check --strict dist/*.whl dist/*.tar.gz
-	$(IN_RELEASE) python -m pytest -q -c tests/release/pytest.ini tests/release/test_dist.py
+	$(IN_RELEASE) python -m pytest -q -c tests/packaging/release/pytest.ini tests/packaging/release/test_dist.py
 	$(IN_RELEASE) cyclonedx-py environment --output-reproducible --output-file dist/tools.cdx.json
 
 # The same bytes again from a clone elsewhere, under another umask and at another time; then the wheel
 # in fresh environments, PYTHON:TORCH, with every Python (found here) and PyTorch that is supported.
 PAIRS := 3.10:2.10.0 3.11:2.13.0 3.12:2.11.0 3.13:2.13.0 3.14:2.14.1 3.10:2.14.1 3.14:2.10.0
-test-wheel: wheel
-	$(IN_RELEASE) sh tests/release/build_again.sh
-	$(IN_RELEASE) python tests/release/try_wheel.py $(PAIRS)
+test-wheel: wheel ## tries the wheel with every Python and PyTorch: 15 minutes
+	$(IN_RELEASE) sh tests/packaging/release/build_again.sh
+	$(IN_RELEASE) python tests/packaging/release/try_wheel.py $(PAIRS)
 
-$(RELEASE_VENV)/.tools: tests/release/tools.txt
+$(RELEASE_VENV)/.tools: tests/packaging/release/tools.txt
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python
 	$(PYTHON) -m venv --clear $(RELEASE_VENV)
-	$(RELEASE_VENV)/bin/python -m pip install --quiet --requirement tests/release/tools.txt
+	$(RELEASE_VENV)/bin/python -m pip install --quiet --requirement tests/packaging/release/tools.txt
 	touch $@
 
 clean:

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * lpsgd_cuda_driver.h: the part of cuda.h that is used, declared here so that the build needs no
- * CUDA. tests/test_abi.py compares it with cuda.h where there is one.
+ * CUDA. tests/module/test_abi.py compares it with cuda.h where there is one.
  */
 #ifndef LPSGD_CUDA_DRIVER_H
 #define LPSGD_CUDA_DRIVER_H

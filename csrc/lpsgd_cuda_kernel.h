@@ -161,7 +161,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
 /* LPSGD_CUDA_WORK(name, T, M, step) defines one thread's work for parameters of type T and momentum
  * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element.
  *
- * Two things are so for the sake of the machine code (tests/test_cuda_code.py): the addresses of a
+ * Two things are so for the sake of the machine code (tests/cuda/test_cuda_code.py): the addresses of a
  * vector have names, as nvcc stores one in pieces where it computes the address anew, and the
  * scalars are copied, as it would read them again for every element, in fear of what the stores
  * change. */

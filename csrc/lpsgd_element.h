@@ -7,7 +7,7 @@
  *
  * (|x| + eps)^-rho is computed as 2^(-rho * log2(y)) in three stages that a driver may run one
  * after the other over a block: split, log2, exp2. Within 2 ulp: worst seen 1.85
- * (tests/c/test_accuracy.c).
+ * (tests/csrc/test_accuracy.c).
  */
 #ifndef LPSGD_ELEMENT_H
 #define LPSGD_ELEMENT_H

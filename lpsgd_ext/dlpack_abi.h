@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * dlpack_abi.h: the part of DLPack 1.x's C exchange table that lpsgd_ext reads, declared here so
- * that the build needs no PyTorch. tests/test_abi.py compares every size and offset with the
+ * that the build needs no PyTorch. tests/module/test_abi.py compares every size and offset with the
  * installed PyTorch's own ATen/dlpack.h.
  */
 #ifndef LPSGD_DLPACK_ABI_H

@@ -1,8 +1,35 @@
 # SPDX-License-Identifier: MIT
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers run beside each other, with one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
-collect_ignore = ["failing_allocations.py"]  # a program
+collect_ignore = ["module/failing_allocations.py", "mutants"]  # programs
+_left = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+    stash = items[0].config.stash
+    stash[_left] = stash.get(_left, 0) + len(items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = session.config.stash.get(_left, 0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node):
+    node.config.stash[_left] = getattr(node, "workeroutput", {}).get("left", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left = config.stash.get(_left, 0)
+    if left and config.getoption("markexpr") == "not full":
+        terminalreporter.write_line(f"{left} further cases are left to `make test-all`")
 
 
 def with_threads(number):

@@ -20,5 +20,5 @@ report() {
 }
 
 report csrc 'lpsgd_' "$folder"/c/lib/*.gcda
-report tests/c 'lpsgd_cuda\.c' "$folder"/c/test_cuda-test_cuda.gcda
+report tests/csrc 'lpsgd_cuda\.c' "$folder"/c/test_cuda-test_cuda.gcda
 report . 'lpsgd_ext\|param_groups\|tensors' "$folder"/objects/lpsgd_ext/*.gcda

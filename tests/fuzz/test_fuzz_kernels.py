@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""libFuzzer on the C library's list driver: tests/c/fuzz_step.c."""
+"""libFuzzer on the C library's list driver: tests/csrc/fuzz_step.c."""
 
 import subprocess
 
@@ -18,7 +18,7 @@ def test_a_step_of_any_list_is_the_plain_loop_or_a_refusal(tmp_path):
         pytest.skip("clang has no libFuzzer (Debian: libclang-rt-dev)")
     length = [] if SECONDS is None else [f"FUZZ_SECONDS={int(SECONDS)}"]
     result = subprocess.run(
-        ["make", "-s", "-C", ROOT / "tests" / "c", "check-fuzz", "CC=clang", *length],
+        ["make", "-s", "-C", ROOT / "tests" / "csrc", "check-fuzz", "CC=clang", *length],
         capture_output=True,
         text=True,
         timeout=900 + (SECONDS or 0),

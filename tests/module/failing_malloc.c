@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * failing_malloc.c: an allocator for LD_PRELOAD whose allocations fail on demand, in the thread that
- * asks for it, and that counts what is allocated. tests/test_allocation_failures.py drives it.
+ * asks for it, and that counts what is allocated. tests/module/test_allocation_failures.py drives it.
  */
 #include <errno.h>
 #include <stddef.h>

@@ -89,7 +89,7 @@ def worst_cases():
     """What `make exhaustive` found, but for powers that no step shows: at p = 2 and infinity, and
     of an x so small that no normal gradient is lost beside it."""
     cases = []
-    for line in (ROOT / "tests" / "c" / "exhaustive.txt").read_text().splitlines():
+    for line in (ROOT / "tests" / "csrc" / "exhaustive.txt").read_text().splitlines():
         if not line.startswith("#"):
             p, eps, what, error, bits, x = line.split()
             case = WorstCase(float(p), float(eps), what, float(error), int(bits, 16))

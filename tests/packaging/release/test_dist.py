@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 VERSION = re.search(r'LPSGD_VERSION "(.+)"', (ROOT / "csrc" / "lpsgd.h").read_text())[1]
 
 

@@ -5,7 +5,7 @@
  * which must agree in every bit; the power is measured for eps = 0, where it is that of x itself.
  *
  * exhaustive [STRIDE] takes every STRIDE-th float. It prints the largest errors to the standard
- * output (kept in exhaustive.txt, confirmed by tests/test_exact.py), and how far it is to the other
+ * output (kept in exhaustive.txt, confirmed by tests/csrc/test_exact.py), and how far it is to the other
  * one. It fails where a bound of lpsgd.h does not hold.
  */
 #include "accuracy.h"

@@ -71,7 +71,7 @@ def test_wheel_is_abi3_and_the_sdist_builds_the_same(source, tmp_path):
 def test_cuda_is_built_for_what_the_environment_asks_and_never_left_over(source, tmp_path):
     toolkit = tmp_path / "cuda"
     (toolkit / "bin").mkdir(parents=True)
-    stand_in = ROOT / "tests" / "c" / "nvcc_double.sh"
+    stand_in = ROOT / "tests" / "csrc" / "nvcc_double.sh"
     nvcc = toolkit / "bin" / "nvcc"
     nvcc.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/calls"\nexec sh "{stand_in}" "$@"\n')
     nvcc.chmod(0o755)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import Parameter
 
 import lpsgd
-from helpers import IMPLEMENTATIONS
+from conventions import IMPLEMENTATIONS
 
 SHAPE = (3, 4)
 POSITIONS = range(4)  # the first and the last parameter of the first and the second group

@@ -10,17 +10,8 @@ import torch
 from torch.nn import Parameter
 from torch.optim import SGD
 
-from helpers import (
-    CLASSES,
-    DTYPES,
-    OPTIMIZERS,
-    configurations,
-    implementations,
-    parameters,
-    same_bits,
-    set_grads,
-    steps,
-)
+from conventions import OPTIMIZERS, configurations, implementations
+from helpers import CLASSES, DTYPES, parameters, same_bits, set_grads, steps
 
 ERRORS = [
     pytest.param(info.optim_cls, *error, id=f"{info.optim_cls.__name__}-{error[0]}")

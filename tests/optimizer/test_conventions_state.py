@@ -17,15 +17,8 @@ from torch.optim.optimizer import (
 )
 
 import lpsgd
-from helpers import (
-    CLASSES,
-    Configuration,
-    configurations,
-    parameters,
-    same_bits,
-    set_grads,
-    steps,
-)
+from conventions import Configuration, configurations
+from helpers import CLASSES, parameters, same_bits, set_grads, steps
 
 ALL = [lambda *a, **k: SGD(*a, **{"momentum": 0.9, **k}), lpsgd.LPSGD, lpsgd.LPSGDM]
 

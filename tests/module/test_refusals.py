@@ -10,7 +10,8 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import lpsgd_ext
-from helpers import bits, count_references, references_kept
+from helpers import bits
+from references import count_references, references_kept
 
 
 class Subclass(torch.Tensor):

@@ -11,7 +11,8 @@ from torch.nn import Parameter
 
 import lpsgd
 import lpsgd_ext
-from helpers import CLASSES, DTYPES, references_kept, same_bits, set_grads
+from helpers import CLASSES, DTYPES, same_bits, set_grads
+from references import references_kept
 
 SIZES = [(7,), (), (3, 5), (0,), (1000,), (1,)]
 

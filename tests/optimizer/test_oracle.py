@@ -9,11 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lpsgd_ext
-from helpers import CLASSES, DTYPES, PS, bits, ulps
+from helpers import CLASSES, DTYPES, PS, bits
 from lpsgd import _eager
 
 # lr and decay are exact in every dtype; so every bound below is of the step itself.
 LR, DECAY, EPS = 0.25, 0.5, 1e-8
+
+
+def ulps(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest distance from `exact` (float64), in units in the last place of actual's dtype."""
+    info = torch.finfo(actual.dtype)
+    magnitude = exact.abs().clamp_min(info.smallest_normal)
+    exponent = torch.frexp(magnitude).exponent - 1
+    unit = torch.ldexp(torch.full_like(magnitude, info.eps), exponent)
+    error = (actual.double() - exact).abs() / unit
+    return error.max().item() if error.numel() else 0.0
 
 
 def exact_direction(x, p, eps=EPS):

@@ -14,19 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lpsgd
 import lpsgd_ext
-from helpers import (
-    CLASSES,
-    DTYPES,
-    IMPLEMENTATIONS,
-    PS,
-    bits,
-    configurations,
-    implementations,
-    parameters,
-    same_bits,
-    set_grads,
-    steps,
-)
+from conventions import IMPLEMENTATIONS, configurations, implementations
+from helpers import CLASSES, DTYPES, PS, bits, parameters, same_bits, set_grads, steps
 
 EAGER = ("foreach", "forloop", "default")  # implementations that take what C refuses
 eager = pytest.mark.parametrize(

@@ -14,16 +14,8 @@ import torch._dynamo  # otherwise imported by the first load_state_dict, whose f
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
-from helpers import (
-    CLASSES,
-    IMPLEMENTATIONS,
-    bits,
-    implementations,
-    parameters,
-    same_bits,
-    set_grads,
-    steps,
-)
+from conventions import IMPLEMENTATIONS, implementations
+from helpers import CLASSES, bits, parameters, same_bits, set_grads, steps
 
 
 @pytest.fixture

@@ -3,14 +3,15 @@
 C makes at once, and a tenth of that of the others."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, run
+from helpers import run
 
 STEPS = """
 import gc, os, sys, torch, lpsgd
-from helpers import count_references
+from references import count_references
 torch.set_num_threads(1)
 params = [torch.nn.Parameter(torch.ones(n)) for n in (1, 7, 64)]
 for param in params:
@@ -56,4 +57,4 @@ assert growth[3] < 4 * steps + (6 << 20)
 @pytest.mark.parametrize("cls", ["LPSGD", "LPSGDM"])
 def test_many_steps_leave_memory_and_references_as_they_were(cls, how, more, divisor):
     program = STEPS.format(cls=cls, how=how, more=more, divisor=divisor)
-    run([sys.executable, "-c", program], PYTHONPATH=str(ROOT / "tests"))
+    run([sys.executable, "-c", program], PYTHONPATH=str(Path(__file__).parent))

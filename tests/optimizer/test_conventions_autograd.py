@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from torch.optim import SGD
 
 import lpsgd
-from helpers import CLASSES, IMPLEMENTATIONS, implementations, parameters, same_bits, steps
+from conventions import IMPLEMENTATIONS, implementations
+from helpers import CLASSES, parameters, same_bits, steps
 
 # PyTorch's own, when forward-mode AD and tracing are used for the first time.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

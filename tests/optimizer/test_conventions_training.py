@@ -11,15 +11,8 @@ from torch.nn import Parameter
 from torch.optim import SGD, lr_scheduler
 
 import lpsgd
-from helpers import (
-    CLASSES,
-    DTYPES,
-    OPTIMIZERS,
-    configurations,
-    implementations,
-    parameters,
-    set_grads,
-)
+from conventions import OPTIMIZERS, configurations, implementations
+from helpers import CLASSES, DTYPES, parameters, set_grads
 
 SCHEDULERS = OPTIMIZERS[0].schedulers
 all_schedulers = pytest.mark.parametrize("schedulers", SCHEDULERS)

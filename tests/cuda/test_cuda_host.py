@@ -29,10 +29,10 @@ def folder(tmp_path_factory):
     """Has the module in `lib` and the double in `double`."""
     folder = tmp_path_factory.mktemp("cuda_host")
     compiler = os.environ.get("CC") or tool("cc")
-    make = [tool("make"), "-sC", "tests/c", "double", f"BUILD={folder}", f"CC={compiler}"]
+    make = [tool("make"), "-sC", "tests/csrc", "double", f"BUILD={folder}", f"CC={compiler}"]
     run(make, MAKEFLAGS="")
     build = ["build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
-    stand_in = str(ROOT / "tests" / "c" / "nvcc_double.sh")
+    stand_in = str(ROOT / "tests" / "csrc" / "nvcc_double.sh")
     run([sys.executable, "setup.py", "-q", *build], NVCC=stand_in, LPSGD_CUDA="1", LPSGD_WERROR="1")
     return folder
 
@@ -44,7 +44,7 @@ def environment(folder, driver):
 
 def test_cuda_host(folder):
     run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/cuda_host"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/cuda/host"],
         **environment(folder, folder / "double"),
     )
 

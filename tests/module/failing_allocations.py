@@ -2,7 +2,7 @@
 """Makes each step with every one of its allocations failing in turn, those of Python's objects, of
 PyTorch and of C: it raises and nothing has changed, or the whole step is made. Nothing is lost.
 
-Run by test_allocation_failures.py with tests/c/failing_malloc.c as LD_PRELOAD and
+Run by test_allocation_failures.py with tests/module/failing_malloc.c as LD_PRELOAD and
 PYTHONMALLOC=malloc. Prints a line for each call: how many times an allocation failed, and its name.
 
 Not among them: several groups with options that C does not take all at once (a Tensor lr,

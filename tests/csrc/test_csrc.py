@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs the tests of csrc alone, which are C programs (tests/c)."""
+"""Runs the tests of csrc alone, which are C programs (tests/csrc)."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ NEEDS = {
 
 
 def make(target, *variables):
-    command = ["make", "--no-print-directory", "-C", ROOT / "tests" / "c", target, *variables]
+    command = ["make", "--no-print-directory", "-C", ROOT / "tests" / "csrc", target, *variables]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     print(result.stdout)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tries the wheel in dist: python tests/release/try_wheel.py PYTHON:TORCH ...
+"""Tries the wheel in dist: python tests/packaging/release/try_wheel.py PYTHON:TORCH ...
 
 For each pair, as 3.10:2.10.0, makes an environment with that Python and PyTorch, installs the
 wheel, runs test_installed.py and removes the environment again. Says at the end what ran, what did
@@ -49,7 +49,7 @@ def try_wheel(wheel: Path, version: str, torch: str) -> str:
 
 
 def main() -> int:
-    (wheel,) = (HERE.parents[1] / "dist").glob("*.whl")
+    (wheel,) = (HERE.parents[2] / "dist").glob("*.whl")
     results = {}
     for pair in sys.argv[1:]:
         print(f"== Python {pair.replace(':', ', PyTorch ')}", flush=True)
