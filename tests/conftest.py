@@ -11,6 +11,13 @@ collect_ignore = ["module/failing_allocations.py", "mutants"]  # programs
 _left = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks are looked at
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.suffix == ".ipynb" and item.path.stem != "quickstart":
+            item.add_marker(pytest.mark.full)
+
+
 def pytest_deselected(items):
     stash = items[0].config.stash
     stash[_left] = stash.get(_left, 0) + len(items)

@@ -38,7 +38,13 @@ def has_cmocka():
     return compiler.returncode == 0
 
 
-@pytest.mark.parametrize("target", NEEDS)
+LONG = ("check-guard-pages", "check-sanitize")  # of `make sanitize`, too
+
+
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=[pytest.mark.full] * (name in LONG)) for name in NEEDS],
+)
 def test_c(target):
     for name in NEEDS[target]:
         tool(name)

@@ -23,6 +23,13 @@ def flags_of_the_build():
 
 
 ARCHITECTURES, FLAGS, PTX_FLAGS = flags_of_the_build()
+ENDS = (ARCHITECTURES[0], ARCHITECTURES[-1])
+
+# What is compiled once more for each.
+architectures = pytest.mark.parametrize(
+    "n", [pytest.param(n, marks=[pytest.mark.full] * (n not in ENDS)) for n in ARCHITECTURES]
+)
+pytestmark = pytest.mark.xdist_group("cuda_code")  # share what is compiled
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +97,15 @@ def ptx(ptx_text):
     return opcodes_of_ptx(ptx_text)
 
 
+def only(n, flags):
+    """The flags without those for other architectures."""
+    return [flag for flag in flags if "-gencode" not in flag or f"compute_{n}," in flag]
+
+
 @pytest.fixture(scope="module")
-def marked_ptx(compile_kernels, disassemble, tmp_path_factory):
-    """PTX of a copy of the source whose fused operations round to zero, which tells them from those
-    that nvcc makes of a product and a sum: with -fmad=false, and with -fmad=true."""
+def marked_source(tmp_path_factory):
+    """A copy of the source whose fused operations round to zero, which tells them from those that
+    nvcc makes of a product and a sum."""
     root = tmp_path_factory.mktemp("marked")
     shutil.copytree(ROOT / "csrc", root / "csrc")
     header = root / "csrc" / "lpsgd_element.h"
@@ -105,12 +117,7 @@ def marked_ptx(compile_kernels, disassemble, tmp_path_factory):
         assert text.count(fused) == 1
         text = text.replace(fused, marked)
     header.write_text(text)
-    contracting = [flag.replace("-fmad=false", "-fmad=true") for flag in PTX_FLAGS]
-    assert contracting != PTX_FLAGS
-    return tuple(
-        opcodes_of_ptx(disassemble(compile_kernels(flags, root=root), "-ptx"))
-        for flags in (PTX_FLAGS, contracting)
-    )
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +189,23 @@ def fused_to_nearest(code):
     return [op for op in code if re.match(r"(fma|mad)\.rn\.", op)]
 
 
-def test_nothing_is_contracted_that_the_source_does_not_fuse(ptx, marked_ptx):
-    marked, contracting = marked_ptx
-    for n in ARCHITECTURES:
-        for kernel in ALL:
-            assert not fused_to_nearest(marked[n][kernel]), (n, kernel)
-            of_the_source = [op for op in marked[n][kernel] if op.startswith("fma.rz.")]
-            assert len(fused_to_nearest(ptx[n][kernel])) == len(of_the_source), (n, kernel)
-        # float64 alone has a product and a sum to contract (x * pow(...) + 0.0).
-        assert fused_to_nearest(contracting[n]["lpsgd_cuda_float64"]), n
+@architectures
+def test_nothing_is_contracted_that_the_source_does_not_fuse(
+    ptx, marked_source, compile_kernels, disassemble, n
+):
+    flags = only(n, PTX_FLAGS)
+    contracting = [flag.replace("-fmad=false", "-fmad=true") for flag in flags]
+    assert contracting != flags
+    marked, contracted = (
+        opcodes_of_ptx(disassemble(compile_kernels(these, root=marked_source), "-ptx"))[n]
+        for these in (flags, contracting)
+    )
+    for kernel in ALL:
+        assert not fused_to_nearest(marked[kernel]), kernel
+        of_the_source = [op for op in marked[kernel] if op.startswith("fma.rz.")]
+        assert len(fused_to_nearest(ptx[n][kernel])) == len(of_the_source), kernel
+    # float64 alone has a product and a sum to contract (x * pow(...) + 0.0).
+    assert fused_to_nearest(contracted["lpsgd_cuda_float64"])
 
 
 @pytest.mark.parametrize("n", ARCHITECTURES)
@@ -205,15 +220,16 @@ def test_ptx_rounds_every_operation_to_nearest(ptx, n):
         assert f"div.rn.f{64 if param == 8 else 32}" in ptx[n][kernel]
 
 
+@architectures
 def test_the_assembler_contracts_nothing(
-    ptx_text, machine_code, compile_kernels, disassemble, tmp_path
+    ptx_text, machine_code, compile_kernels, disassemble, tmp_path, n
 ):
     """Allowed to contract, which is its default, it makes the same code of each PTX: it leaves
     alone what is rounded explicitly. So does then a driver that compiles the PTX."""
-    for text in re.split(r"(?m)^(?=\.version )", ptx_text)[1:]:
-        source = tmp_path / "kernels.ptx"
-        source.write_text(text.split("\nFatbin")[0])
-        n = re.search(r"(?m)^\.target sm_(\d+)", text)[1]
-        flags = ["-fatbin", f"-gencode=arch=compute_{n},code=sm_{n}"]
-        allowed = disassemble(compile_kernels(flags, source=source), "-sass")
-        assert opcodes_of_machine_code(allowed) == {int(n): machine_code[int(n)]}
+    texts = re.split(r"(?m)^(?=\.version )", ptx_text)[1:]
+    (text,) = (text for text in texts if re.search(rf"(?m)^\.target sm_{n}\b", text))
+    source = tmp_path / "kernels.ptx"
+    source.write_text(text.split("\nFatbin")[0])
+    flags = ["-fatbin", f"-gencode=arch=compute_{n},code=sm_{n}"]
+    allowed = disassemble(compile_kernels(flags, source=source), "-sass")
+    assert opcodes_of_machine_code(allowed) == {n: machine_code[n]}

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from helpers import CLASSES, DTYPES, bits
-from lpsgd import LPSGDM, suggest_pivot
+from lpsgd import LPSGD, LPSGDM, suggest_pivot
 from ranks import on_ranks
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
@@ -56,32 +56,45 @@ def randn(shape, dtype, seed, scale=1.0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def step_every_sharding(rounding):
+def step_every_sharding(rounding, dtypes):
     stochastic = rounding == "stochastic"
-    dtypes = [torch.bfloat16] if stochastic else DTYPES
-    for (mesh, placements), cls, dtype in itertools.product(shardings(), CLASSES, dtypes):
-        shapes = [shape for shape in SHAPES if len(shape) > 1 or Shard(1) not in placements]
-        twins = [torch.nn.Parameter(randn(shape, dtype, 0)) for shape in shapes]
-        params = [
-            torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, placements)) for twin in twins
-        ]
-        optimizer, twin_optimizer = (
-            cls(x, p=4.0, stochastic_rounding=stochastic, **VALUES) for x in (params, twins)
-        )
-        for step in range(2):
-            for param, twin in zip(params, twins, strict=True):
-                twin.grad = randn(twin.shape, dtype, 1 + step, 0.01)
-                param.grad = distribute_tensor(twin.grad, mesh, placements)
-            optimizer.step()
-            twin_optimizer.step()
-        assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__, dtype))
-        pivots = suggest_pivot(optimizer), suggest_pivot(twin_optimizer)
-        assert pivots[0] == pytest.approx(pivots[1], rel=1e-4)
+    names = itertools.cycle(DTYPES)
+    for (mesh, placements), cls in itertools.product(shardings(), CLASSES):
+        for dtype in DTYPES if dtypes == "every dtype" else [next(names)]:
+            dtype = torch.bfloat16 if stochastic else dtype
+            step_sharding(mesh, placements, cls, dtype, stochastic)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_every_sharding_gives_the_bits_of_one_process(rounding):
-    on_ranks(4, step_every_sharding, rounding)
+def step_sharding(mesh, placements, cls, dtype, stochastic):
+    shapes = [shape for shape in SHAPES if len(shape) > 1 or Shard(1) not in placements]
+    twins = [torch.nn.Parameter(randn(shape, dtype, 0)) for shape in shapes]
+    params = [
+        torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, placements)) for twin in twins
+    ]
+    optimizer, twin_optimizer = (
+        cls(x, p=4.0, stochastic_rounding=stochastic, **VALUES) for x in (params, twins)
+    )
+    for step in range(2):
+        for param, twin in zip(params, twins, strict=True):
+            twin.grad = randn(twin.shape, dtype, 1 + step, 0.01)
+            param.grad = distribute_tensor(twin.grad, mesh, placements)
+        optimizer.step()
+        twin_optimizer.step()
+    assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__, dtype))
+    pivots = suggest_pivot(optimizer), suggest_pivot(twin_optimizer)
+    assert pivots[0] == pytest.approx(pivots[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rounding, dtypes",
+    [
+        ("nearest", "one dtype each"),
+        ("stochastic", "bfloat16"),
+        pytest.param("nearest", "every dtype", marks=pytest.mark.full),
+    ],
+)
+def test_every_sharding_gives_the_bits_of_one_process(rounding, dtypes):
+    on_ranks(4, step_every_sharding, rounding, dtypes)
 
 
 def step_gradients_of_other_placements():
@@ -128,8 +141,13 @@ def backward(model, twin, x, scale=lambda loss: loss):
 
 
 def train(shard, what, batch_seed):
-    variants = [{"p": 2.0}, {"p": 4.0}, {"p": math.inf}, {"p": 4.0, "stochastic_rounding": True}]
-    for cls, variant in itertools.product(CLASSES, variants):
+    stochastic = {"p": 4.0, "stochastic_rounding": True}
+    for cls, variant in (
+        (LPSGD, {"p": 4.0}),
+        (LPSGDM, {"p": 2.0}),
+        (LPSGDM, {"p": math.inf}),
+        (LPSGDM, stochastic),
+    ):
         dtype = torch.bfloat16 if "stochastic_rounding" in variant else torch.float32
         model, twin = make_twins(shard, dtype)
         optimizer, twin_optimizer = (

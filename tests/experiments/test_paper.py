@@ -128,6 +128,7 @@ def test_a_run_stopped_at_every_step_resumes_to_the_same_bits(name, source, tmp_
     assert_same_run(parts, whole, run)
 
 
+@pytest.mark.full
 def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
     command = [sys.executable, "-m", "benchmarks.paper.train", tmp_path / "study.toml"]
     command += ["--method", "LPSGDM", "--checkpoint-seconds", "0"]
@@ -166,11 +167,12 @@ def test_a_process_killed_at_a_random_moment_resumes_to_the_same_bits(tmp_path):
     assert_same_run(directory(parts), directory(whole), run)
 
 
-# The operations with which files are written, in order: each is a moment at which to die.
+# The operations with which files are written, in order: each is a moment at which to die. Children
+# of one process that has imported everything train, one after the other.
 KILL_AT = """
 import os, signal, sys
 import benchmarks.paper.records as records
-left = int(sys.argv.pop(1))
+left = 10**9
 def moment():
     global left
     left -= 1
@@ -200,35 +202,43 @@ def write_whole(file, write):
 records.write_whole = write_whole
 around("replace"), around("fsync")
 import benchmarks.paper.train
-benchmarks.paper.train.main()
+arguments = sys.argv
+for start in arguments[2:]:
+    moments, _, output = start.partition(":")
+    left = int(moments)
+    sys.argv = [arguments[0], arguments[1], "--method", "LPSGDM", "--checkpoint-seconds", "0"]
+    sys.argv += ["--output", output]
+    child = os.fork()
+    if child == 0:
+        benchmarks.paper.train.main()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 def test_a_process_killed_at_every_moment_of_writing_resumes_to_the_same_bits(tmp_path):
     """A start writes the log at moments 0 to 4, then checkpoints at five moments each: half is
     written, before and after the sync, before and after it takes its place."""
-    (tmp_path / "study.toml").write_text(
+    study = tmp_path / "study.toml"
+    study.write_text(
         'title = "A study"\n[run]\nepochs = 2\nbatch_size = 512\nsnapshots = [2]\n'
         'task.name = "digits"\n[methods.LPSGDM]\noptimizer = "LPSGDM"\nlr = 0.01\nanneal_p = true'
     )
-
-    def start(moments, output):
-        command = [sys.executable, "-c", KILL_AT, str(moments), tmp_path / "study.toml"]
-        command += ["--method", "LPSGDM", "--checkpoint-seconds", "0", "--output", output]
-        return subprocess.run(
-            command,
-            cwd=ROOT,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=300,
-        ).returncode
-
-    run = load(tmp_path / "study.toml").methods[0].run
+    run = load(study).methods[0].run
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert start(10**9, whole) == 0
-    assert [start(moments, parts) for moments in range(4, 11)] == [-signal.SIGKILL] * 7
-    assert start(10**9, parts) == 0
+    starts = [(10**9, whole), *((moments, parts) for moments in range(4, 11)), (10**9, parts)]
+    command = [sys.executable, "-c", KILL_AT, study, *(f"{n}:{output}" for n, output in starts)]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=300,
+        text=True,
+    )
+    statuses = [int(line) for line in result.stdout.splitlines() if line.lstrip("-").isdigit()]
+    assert statuses == [0, *[-signal.SIGKILL] * 7, 0]
     (ours,), (theirs,) = ((output / "runs").iterdir() for output in (parts, whole))
     assert_same_run(ours, theirs, run)
 

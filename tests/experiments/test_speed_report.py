@@ -52,6 +52,7 @@ def test_every_contender_is_timed_in_every_round(caches):
     assert all(len(one) == 2 and min(one) > 0 for one in record.seconds.values())
 
 
+@pytest.mark.full  # half a minute of compilation
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_compiled_contender_makes_the_step_of_lpsgdm():
     torch.manual_seed(0)

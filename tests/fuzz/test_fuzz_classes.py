@@ -412,12 +412,13 @@ def parameters_of(groups):
     return [param for group in groups for param in group["params"]]
 
 
+@pytest.mark.parametrize("examples", [80, pytest.param(400, marks=pytest.mark.full)])
 @pytest.mark.parametrize("cls", [lpsgd.LPSGD, lpsgd.LPSGDM])
-def test_a_life_is_the_same_in_c_and_in_pytorchs_operations(cls):
+def test_a_life_is_the_same_in_c_and_in_pytorchs_operations(cls, examples):
     counts = collections.Counter()
     machine = type(cls.__name__ + "Machine", (OptimizerMachine,), {"cls": cls, "counts": counts})
     usual = settings(
-        max_examples=400,
+        max_examples=examples,
         stateful_step_count=30,
         deadline=None,
         database=None,

@@ -29,7 +29,7 @@ def program(code, **environment):
     return run([sys.executable, "-W", "error", "-c", START + code], **environment).split()
 
 
-@pytest.mark.parametrize("cls", [cls.__name__ for cls in CLASSES])
+@pytest.mark.parametrize("cls", ["LPSGDM", pytest.param("LPSGD", marks=pytest.mark.full)])
 def test_ctrl_c_and_sigterm_come_after_a_step_and_leave_every_group_whole(cls):
     """Two groups step once for each step of the other: they are equal, however far they got."""
     code = f"""
@@ -88,7 +88,15 @@ print(same(step(fourth), expected))
 
 
 @pytest.mark.parametrize(
-    "before", [[], ["step"], ["sum"], ["step", "sum"], ["sum", "step"], ["step", "sum", "step"]]
+    "before",
+    [
+        [],
+        ["step", "sum", "step"],
+        *(
+            pytest.param(acts, marks=pytest.mark.full)
+            for acts in (["step"], ["sum"], ["step", "sum"], ["sum", "step"])
+        ),
+    ],
 )
 def test_children_and_grandchildren_step_whatever_ran_before_the_fork(before):
     # All tensors are made before the fork: PyTorch's own parallel operations hang after it, those
