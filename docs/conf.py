@@ -21,7 +21,7 @@ html_copy_source = False
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3  # links such as frameworks.md#timm
-nb_execution_mode = "off"  # `make test` runs the notebooks, `make notebooks` keeps their output
+nb_execution_mode = "off"  # `make test-all` runs them, `make notebooks` keeps their output
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings tell types and ranges
