@@ -9,7 +9,8 @@ IN_VENV := $(VENV)/bin/python
 
 # Which tests `make test` runs; TESTS=tests/optimizer runs those alone.
 TESTS ?=
-PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
+# A file stays in one process, for its tests share what they build.
+PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
     test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \

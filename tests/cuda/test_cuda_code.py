@@ -29,7 +29,6 @@ ENDS = (ARCHITECTURES[0], ARCHITECTURES[-1])
 architectures = pytest.mark.parametrize(
     "n", [pytest.param(n, marks=[pytest.mark.full] * (n not in ENDS)) for n in ARCHITECTURES]
 )
-pytestmark = pytest.mark.xdist_group("cuda_code")  # share what is compiled
 
 
 @pytest.fixture(scope="module")
