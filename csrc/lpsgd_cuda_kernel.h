@@ -140,12 +140,6 @@ LPSGD_INLINE int64_t lpsgd_cuda_find(const lpsgd_cuda_step_arguments *a, int64_t
     return low;
 }
 
-LPSGD_INLINE uint16_t lpsgd_cuda_to_bfloat16(float x, uint32_t random, const lpsgd_scalars *k)
-{
-    return k->stochastic_rounding ? lpsgd_to_bfloat16_stochastic(x, random & 0xffffu)
-                                  : lpsgd_to_bfloat16(x);
-}
-
 /* Which thread this is, of LPSGD_CUDA_THREADS in each block. */
 typedef struct lpsgd_cuda_place {
     int64_t block, blocks;
@@ -158,14 +152,15 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
     return k->stochastic_rounding ? lpsgd_random(t->key, t->index + (uint64_t)i) : 0;
 }
 
-/* LPSGD_CUDA_WORK(name, T, M, step) defines one thread's work for parameters of type T and momentum
- * buffers of type M. step(&param, grad, &m, has_momentum, random, k) steps one element.
+/* LPSGD_CUDA_WORK(name, T, M, step, dtype) defines one thread's work for parameters of dtype, which are
+ * of type T, and momentum buffers of type M. step(dtype, &param, grad, &m, has_momentum, random, k)
+ * steps one element.
  *
  * Two things are so for the sake of the machine code (tests/cuda/test_cuda_code.py): the addresses of a
  * vector have names, as nvcc stores one in pieces where it computes the address anew, and the
  * scalars are copied, as it would read them again for every element, in fear of what the stores
  * change. */
-#define LPSGD_CUDA_WORK(name, T, M, step)                                                          \
+#define LPSGD_CUDA_WORK(name, T, M, step, dtype)                                                   \
     enum { name##_width = 16 / (int)sizeof(T) };                                                   \
     typedef struct LPSGD_ALIGN(16) name##_params {                                                 \
         T x[name##_width];                                                                         \
@@ -187,7 +182,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             m = *m_at;                                                                             \
         LPSGD_UNROLL                                                                               \
         for (int j = 0; j < name##_width; j++)                                                     \
-            step(&param.x[j], grad.x[j], &m.x[j], has_momentum,                                    \
+            step(dtype, &param.x[j], grad.x[j], &m.x[j], has_momentum,                             \
                  lpsgd_cuda_random(t, v * name##_width + j, k), k);                                \
         *param_at = param;                                                                         \
         if (has_momentum)                                                                          \
@@ -199,7 +194,8 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         const int has_momentum = t->momentum_buffer != NULL;                                       \
         T param = ((T *)t->param)[i];                                                              \
         M m = has_momentum ? ((M *)t->momentum_buffer)[i] : (M)0;                                  \
-        step(&param, ((const T *)t->grad)[i], &m, has_momentum, lpsgd_cuda_random(t, i, k), k);    \
+        step(dtype, &param, ((const T *)t->grad)[i], &m, has_momentum,                             \
+             lpsgd_cuda_random(t, i, k), k);                                                       \
         ((T *)t->param)[i] = param;                                                                \
         if (has_momentum)                                                                          \
             ((M *)t->momentum_buffer)[i] = m;                                                      \
@@ -226,69 +222,66 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         }                                                                                          \
     }
 
-/* One element, for each kernel; `random` has 32 random bits where k asks for them. */
-LPSGD_INLINE void lpsgd_cuda_float32(float *param, float grad, float *m, int has_momentum,
-                                     uint32_t random, const lpsgd_scalars *k)
+/* One element; `random` has 32 random bits where k asks for them. dtype is a constant, and tells the
+ * 16-bit ones apart, which have the same type in C. */
+LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, float *param, float grad, float *m,
+                                     int has_momentum, uint32_t random, const lpsgd_scalars *k)
 {
     float x = lpsgd_grad(grad, k);
-    (void)random;
+    (void)dtype, (void)random;
     if (has_momentum)
         *m = x = lpsgd_momentum(*m, x, k);
     if (k->rule != LPSGD_RULE_REST)
         *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, k), k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_float64(double *param, double grad, double *m, int has_momentum,
-                                     uint32_t random, const lpsgd_scalars *k)
+LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, double *param, double grad, double *m,
+                                     int has_momentum, uint32_t random, const lpsgd_scalars *k)
 {
     double x = lpsgd_grad64(grad, k);
-    (void)random;
+    (void)dtype, (void)random;
     if (has_momentum)
         *m = x = lpsgd_momentum64(*m, x, k);
     if (k->rule != LPSGD_RULE_REST)
         *param = lpsgd_apply64(*param, lpsgd_direction64(x, k->rule, k), k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_bfloat16_wide(uint16_t *param, uint16_t grad, float *m,
-                                           int has_momentum, uint32_t random,
-                                           const lpsgd_scalars *k)
+LPSGD_INLINE float lpsgd_cuda_load_half(lpsgd_dtype dtype, uint16_t half)
 {
-    float x = lpsgd_from_bfloat16(*param);
-    lpsgd_cuda_float32(&x, lpsgd_from_bfloat16(grad), m, has_momentum, random, k);
+    return dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(half) : lpsgd_from_float16(half);
+}
+
+LPSGD_INLINE uint16_t lpsgd_cuda_store_half(lpsgd_dtype dtype, float x, uint32_t random,
+                                            const lpsgd_scalars *k)
+{
+    if (dtype == LPSGD_FLOAT16)
+        return lpsgd_to_float16(x);
+    return k->stochastic_rounding ? lpsgd_to_bfloat16_stochastic(x, random & 0xffffu)
+                                  : lpsgd_to_bfloat16(x);
+}
+
+LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, uint16_t *param, uint16_t grad, float *m,
+                                       int has_momentum, uint32_t random, const lpsgd_scalars *k)
+{
+    float x = lpsgd_cuda_load_half(dtype, *param);
+    lpsgd_cuda_float32(dtype, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random, k);
     if (k->rule != LPSGD_RULE_REST)
-        *param = lpsgd_cuda_to_bfloat16(x, random, k);
+        *param = lpsgd_cuda_store_half(dtype, x, random, k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_bfloat16(uint16_t *param, uint16_t grad, uint16_t *m, int has_momentum,
-                                      uint32_t random, const lpsgd_scalars *k)
+LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, uint16_t *param, uint16_t grad, uint16_t *m,
+                                  int has_momentum, uint32_t random, const lpsgd_scalars *k)
 {
-    float wide = lpsgd_from_bfloat16(*m);
-    lpsgd_cuda_bfloat16_wide(param, grad, &wide, has_momentum, random, k);
-    *m = lpsgd_cuda_to_bfloat16(wide, random >> 16, k);
+    float wide = lpsgd_cuda_load_half(dtype, *m);
+    lpsgd_cuda_half_wide(dtype, param, grad, &wide, has_momentum, random, k);
+    *m = lpsgd_cuda_store_half(dtype, wide, random >> 16, k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_float16_wide(uint16_t *param, uint16_t grad, float *m,
-                                          int has_momentum, uint32_t random, const lpsgd_scalars *k)
-{
-    float x = lpsgd_from_float16(*param);
-    lpsgd_cuda_float32(&x, lpsgd_from_float16(grad), m, has_momentum, random, k);
-    if (k->rule != LPSGD_RULE_REST)
-        *param = lpsgd_to_float16(x);
-}
-
-LPSGD_INLINE void lpsgd_cuda_float16(uint16_t *param, uint16_t grad, uint16_t *m, int has_momentum,
-                                     uint32_t random, const lpsgd_scalars *k)
-{
-    float wide = lpsgd_from_float16(*m);
-    lpsgd_cuda_float16_wide(param, grad, &wide, has_momentum, random, k);
-    *m = lpsgd_to_float16(wide);
-}
-
-LPSGD_CUDA_WORK(lpsgd_cuda_float32, float, float, lpsgd_cuda_float32)
-LPSGD_CUDA_WORK(lpsgd_cuda_float64, double, double, lpsgd_cuda_float64)
-LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16, uint16_t, uint16_t, lpsgd_cuda_bfloat16)
-LPSGD_CUDA_WORK(lpsgd_cuda_float16, uint16_t, uint16_t, lpsgd_cuda_float16)
-LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16_wide, uint16_t, float, lpsgd_cuda_bfloat16_wide)
-LPSGD_CUDA_WORK(lpsgd_cuda_float16_wide, uint16_t, float, lpsgd_cuda_float16_wide)
+LPSGD_CUDA_WORK(lpsgd_cuda_float32, float, float, lpsgd_cuda_float32, LPSGD_FLOAT32)
+LPSGD_CUDA_WORK(lpsgd_cuda_float64, double, double, lpsgd_cuda_float64, LPSGD_FLOAT64)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16, uint16_t, uint16_t, lpsgd_cuda_half, LPSGD_BFLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16, uint16_t, uint16_t, lpsgd_cuda_half, LPSGD_FLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16_wide, uint16_t, float, lpsgd_cuda_half_wide, LPSGD_BFLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16_wide, uint16_t, float, lpsgd_cuda_half_wide, LPSGD_FLOAT16)
 
 #endif

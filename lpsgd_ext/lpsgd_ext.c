@@ -8,8 +8,8 @@
  * It relies on the GIL. A free-threaded CPython (3.13t, 3.14t) has no limited API and does not load
  * this binary. One built for it without the limited API turns the GIL on again, since the module
  * does not declare Py_mod_gil; whoever wants to declare it must first
- * - guard torch_api's `recent`, where take() and put_back() move pointers without a lock: two steps
- *   would free or use the same memory;
+ * - guard `remembered`, where taking and putting back move pointers without a lock: two steps would
+ *   free or use the same memory;
  * - hold strong references instead of borrowed ones in param_groups.c (PyDict_Next,
  *   PyDict_GetItemWithError and PyList_GetItem while another thread changes them), and read list
  *   lengths once;
@@ -17,6 +17,7 @@
  *   that can happen while the kernel runs, without one also before.
  */
 #include "param_groups.h"
+#include "tensor.h"
 
 #include <limits.h>
 #include <stdlib.h>
@@ -24,7 +25,9 @@
 
 typedef struct module_state {
     torch_api torch;
+    remembered calls;
     attribute_names names;
+    PyObject *cuda_error; /* the exception */
 } module_state;
 
 static module_state *state_of(PyObject *module)
@@ -178,15 +181,16 @@ static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_ta
 
 /* A step with numbers that have been checked: validate everything else, then mutate, or don't.
  * Returns 0, or -1 with an exception. */
-static int step(torch_api *torch, const tensor_lists *lists, const lpsgd_cuda_target *numbers,
+static int step(module_state *own, const tensor_lists *lists, const lpsgd_cuda_target *numbers,
                 int mutate)
 {
+    const torch_api *torch = &own->torch;
     buffer_groups groups = {.count = 0};
     lpsgd_cuda_target targets[MAX_GROUPS];
     lpsgd_status status;
     int threads = 0, result = -1;
 
-    if (tensor_lists_read(torch, lists, &groups) ||
+    if (tensor_lists_read(torch, &own->calls, lists, &groups) ||
         prepare_cuda(torch, lists, &groups, targets, numbers))
         goto done;
     if (!mutate) {
@@ -203,7 +207,7 @@ static int step(torch_api *torch, const tensor_lists *lists, const lpsgd_cuda_ta
     if (status == LPSGD_OK)
         result = 0;
     else if (status == LPSGD_ERROR_CUDA)
-        PyErr_Format(torch->cuda_error, "%s(): %s", lists->function, lpsgd_cuda_error());
+        PyErr_Format(own->cuda_error, "%s(): %s", lists->function, lpsgd_cuda_error());
     else
         PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
 done:
@@ -415,7 +419,8 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
                                 int has_momentum)
 {
     const char *function = has_momentum ? "lpsgdm_" : "lpsgd_";
-    torch_api *torch = &state_of(module)->torch;
+    module_state *own = state_of(module);
+    const torch_api *torch = &own->torch;
     tensor_lists lists = lists_of(function, has_momentum);
     arguments a = {.lr = NULL};
     lpsgd_hyper hyper = {
@@ -446,7 +451,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
         const param_section all = {PyTuple_Size(lists.tuple[0]), hyper};
         lists.sections = &all;
         lists.section_count = 1;
-        result = step(torch, &lists, &numbers, !a.dry_run && found_inf == 0.0);
+        result = step(own, &lists, &numbers, !a.dry_run && found_inf == 0.0);
     }
     release(&lists);
     return result == 0 ? Py_NewRef(Py_None) : NULL;
@@ -500,7 +505,7 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
     for (int i = 0; i < lists.section_count && done == 1; i++)
         done = check_hyper(&sections[i].hyper) ? -1 : 1;
     if (done == 1)
-        done = step(&own->torch, &lists, &no_numbers, 1) ? -1 : 1;
+        done = step(own, &lists, &no_numbers, 1) ? -1 : 1;
     release(&lists);
     PyMem_Free(sections);
     if (done < 0) {
@@ -508,7 +513,7 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
                             PyErr_ExceptionMatches(PyExc_ValueError) ||
                             PyErr_ExceptionMatches(PyExc_RuntimeError) ||
                             PyErr_ExceptionMatches(PyExc_OverflowError);
-        if (!unusual || PyErr_ExceptionMatches(own->torch.cuda_error))
+        if (!unusual || PyErr_ExceptionMatches(own->cuda_error))
             return NULL;
         PyErr_Clear();
     }
@@ -666,10 +671,10 @@ PyDoc_STRVAR(cuda_error_doc,
 
 static int add_cuda_error(PyObject *module)
 {
-    torch_api *torch = &state_of(module)->torch;
-    torch->cuda_error = PyErr_NewExceptionWithDoc("lpsgd_ext.CudaError", cuda_error_doc,
-                                                  PyExc_RuntimeError, NULL);
-    return torch->cuda_error ? PyModule_AddObjectRef(module, "CudaError", torch->cuda_error) : -1;
+    module_state *own = state_of(module);
+    own->cuda_error = PyErr_NewExceptionWithDoc("lpsgd_ext.CudaError", cuda_error_doc,
+                                                PyExc_RuntimeError, NULL);
+    return own->cuda_error ? PyModule_AddObjectRef(module, "CudaError", own->cuda_error) : -1;
 }
 
 /* `import torch` in a second interpreter of the process crashes. (Py_mod_multiple_interpreters would
@@ -703,7 +708,7 @@ static int module_exec(PyObject *module)
     X((own)->torch.storage_offset.object)                                                          \
     X((own)->torch.increment_version)                                                              \
     X((own)->torch.get_num_threads)                                                                \
-    X((own)->torch.cuda_error)
+    X((own)->cuda_error)
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)
 {
@@ -717,7 +722,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 static int module_clear(PyObject *module)
 {
     module_state *own = state_of(module);
-    torch_api_forget(&own->torch);
+    remembered_forget(&own->calls);
 #define X(object) Py_CLEAR(object);
     STATE_OBJECTS(own)
 #define CLEAR_NAME(name) X(own->names.name)

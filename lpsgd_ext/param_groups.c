@@ -126,9 +126,7 @@ static int add(gathering *g, int list, PyObject *tensor)
 
 static int gather_param(gathering *g, PyObject *param)
 {
-    const PyTypeObject *type = Py_TYPE(param);
-    if (type != (PyTypeObject *)g->torch->parameter_type &&
-        type != (PyTypeObject *)g->torch->tensor_type)
+    if (!torch_api_is_tensor(g->torch, param))
         return 0;
     PyObject *grad = PyObject_GetAttr(param, g->names->grad), *buffer = NULL;
     if (!grad)

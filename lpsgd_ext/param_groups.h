@@ -5,7 +5,8 @@
 #ifndef LPSGD_PARAM_GROUPS_H
 #define LPSGD_PARAM_GROUPS_H
 
-#include "tensors.h"
+#include "tensor_lists.h"
+#include "torch_api.h"
 
 /* The names by which groups, states and parameters are asked. */
 #define LPSGD_NAMES(X)                                                                             \

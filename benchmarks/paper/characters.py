@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper.tasks import Batch, Generators, Source, Task
+from benchmarks.paper.task import Batch, Generators, Source, Task
 
 VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))
 HELD_OUT_BATCH = 64

@@ -13,14 +13,8 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from benchmarks.paper.config import Method, Run, Study
 from benchmarks.paper.report import Report, read
 from benchmarks.paper.sweep import run_study
-from benchmarks.paper.tasks import (
-    OTHER_TASKS,
-    Batch,
-    Generators,
-    Source,
-    Task,
-    classify,
-)
+from benchmarks.paper.task import Batch, Generators, Source, Task, classify
+from benchmarks.paper.tasks import OTHER_TASKS
 from benchmarks.paper.training import Machine
 
 # The optimizer, its settings, whether p goes to 2, and where its lr is looked for.

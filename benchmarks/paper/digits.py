@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.paper.tasks import Batch, Generators, Source, Task
+from benchmarks.paper.task import Batch, Generators, Source, Task
 
 LAYERS = (64, 64, 64, 64, 64, 64, 64, 10)
 

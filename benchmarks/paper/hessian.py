@@ -31,7 +31,8 @@ from benchmarks.paper.config import Run, load
 from benchmarks.paper.records import dumps, rounded, write_whole
 from benchmarks.paper.report import Report, color_of, hessian_table, read, save
 from benchmarks.paper.sweep import results_directory, runs_of
-from benchmarks.paper.tasks import EVERYTHING, Batch, Task, make_task
+from benchmarks.paper.task import EVERYTHING, Batch, Task
+from benchmarks.paper.tasks import make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine
 

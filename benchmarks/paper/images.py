@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.networks import NETWORKS, centre_boxes, crop
 from benchmarks.paper.records import write_whole
-from benchmarks.paper.tasks import Batch, Generators, Source, Task, classify
+from benchmarks.paper.task import Batch, Generators, Source, Task, classify
 
 HELD_OUT_BATCH = 1000
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet-1K"}

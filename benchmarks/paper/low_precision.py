@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.paper.digits import Digits
 from benchmarks.paper.report import save
-from benchmarks.paper.tasks import Source
+from benchmarks.paper.task import Source
 from lpsgd import LPSGDM
 
 WIDE = {"momentum_dtype": torch.float32}

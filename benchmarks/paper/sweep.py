@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from benchmarks.paper.config import Method, Run, Study, load
 from benchmarks.paper.records import dumps, rounded, write_whole
-from benchmarks.paper.tasks import Task, make_task, task_class
+from benchmarks.paper.task import Task
+from benchmarks.paper.tasks import make_task, task_class
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine, Metrics, Trainer, read_result
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.paper.config import Run, find, load
-from benchmarks.paper.tasks import Source, make_task
+from benchmarks.paper.task import Source
+from benchmarks.paper.tasks import make_task
 from benchmarks.paper.training import Machine, Trainer
 
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from benchmarks.paper.config import Run
 from benchmarks.paper.methods import make_optimizer, make_schedules, p_of
 from benchmarks.paper.records import dumps, write_whole
-from benchmarks.paper.tasks import Source, Task, make_task
+from benchmarks.paper.task import Source, Task
+from benchmarks.paper.tasks import make_task
 
 Metrics = dict[str, Any]
 

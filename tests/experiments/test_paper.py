@@ -27,7 +27,8 @@ from benchmarks.paper import networks, report, sweep
 from benchmarks.paper.characters import Characters
 from benchmarks.paper.config import CONFIGS, Run, load
 from benchmarks.paper.methods import make_optimizer
-from benchmarks.paper.tasks import Source, Task, make_task
+from benchmarks.paper.task import Source, Task
+from benchmarks.paper.tasks import make_task
 from benchmarks.paper.training import Machine, Trainer, read_result
 from helpers import ROOT
 

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * tensor_lists.h: from lists of PyTorch tensors to checked raw buffers.
+ */
+#ifndef LPSGD_TENSOR_LISTS_H
+#define LPSGD_TENSOR_LISTS_H
+
+#include "lpsgd.h"
+#include "remembered.h"
+#include "torch_api.h"
+
+enum { MAX_LISTS = 3, MAX_GROUPS = 256 };
+
+/* Parameters that are stepped alike: those from the end of the section before to `end`. */
+typedef struct param_section {
+    Py_ssize_t end;
+    lpsgd_hyper hyper;
+} param_section;
+
+/* Parallel tuples of tensors, params first; `written` says which a step writes to. Owns
+ * references, so that tensors outlive a step although other threads may change the lists. */
+typedef struct tensor_lists {
+    const char *function; /* for messages */
+    int count;
+    const char *name[MAX_LISTS];
+    int written[MAX_LISTS];
+    PyObject *tuple[MAX_LISTS];
+    PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
+    const param_section *sections; /* the last one's end is the tuples' length */
+    int section_count;
+} tensor_lists;
+
+/* The non-empty tensors' memory, grouped by section, device and dtype. */
+typedef struct buffer_group {
+    int section;
+    lpsgd_dl_device device;
+    lpsgd_dtype dtype;
+    lpsgd_buffer *list;
+    int64_t count;
+} buffer_group;
+
+typedef struct buffer_groups {
+    buffer_group group[MAX_GROUPS];
+    int count;
+    void *memory; /* to be given to PyMem_Free */
+} buffer_groups;
+
+/* Checks everything there is to check about the tensors and fills `groups`, with the help of what the
+ * calls before found. Writes to no tensor. Returns 0, or -1 with an exception that names the argument
+ * and the index; either way the caller frees groups->memory. */
+int tensor_lists_read(const torch_api *torch, remembered *calls, const tensor_lists *lists,
+                      buffer_groups *groups);
+
+#endif
