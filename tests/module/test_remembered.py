@@ -102,6 +102,16 @@ def test_memory_that_is_read_as_negative_later_is_refused(which):
         step(tensors)
 
 
+@pytest.mark.parametrize("which", [0, 2])
+def test_inference_tensor_that_passed_in_inference_mode_is_refused_outside(which):
+    tensors = lists()
+    with torch.inference_mode():
+        tensors[which][1] = tensors[which][1].clone()
+        step(tensors)
+    with pytest.raises(RuntimeError, match=r"\[1\] is an inference tensor"):
+        step(tensors)
+
+
 def test_more_lists_than_are_remembered_keep_their_own_bits():
     many = [lists(n) for n in range(1, 13)]
     alone = [[[t.clone() for t in ts] for ts in tensors] for tensors in many]
