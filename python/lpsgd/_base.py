@@ -151,6 +151,13 @@ def _has_hooks(optimizer: Any) -> bool:
     )
 
 
+def defaults_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of groups, whose keys are the names of a constructor's arguments, out of its
+    locals()."""
+    others = ("self", "params", "__class__")
+    return {name: value for name, value in arguments.items() if name not in others}
+
+
 def _store_dtype_by_name(group: dict[str, Any]) -> None:
     # torch.distributed.checkpoint refuses a torch.dtype in a group.
     if group.get("momentum_dtype") is torch.float32:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 import lpsgd_ext
 
-from ._base import LPOptimizer
+from ._base import LPOptimizer, defaults_of
 from ._unusual import Fresh, Lists, States
 from ._values import momentum_dtype_of
 
@@ -89,21 +89,7 @@ class LPSGD(LPOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "p": p,
-            "weight_decay": weight_decay,
-            "eps": eps,
-            "pivot": pivot,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "stochastic_rounding": stochastic_rounding,
-            "seed": seed,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults_of(locals()))
 
     def _gather(self, group: dict[str, Any], known: States, fresh: Fresh) -> Lists:
         params = [param for param in group["params"] if param.grad is not None]
@@ -173,23 +159,7 @@ class LPSGDM(LPOptimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "p": p,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "eps": eps,
-            "pivot": pivot,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "momentum_dtype": momentum_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "seed": seed,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults_of(locals()))
 
     def _prepare_load(self, state_dict: dict[str, Any]) -> None:
         saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])

@@ -120,7 +120,7 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
     whole = None
     if in_c and not any(map(is_on_cuda, values.values())):
         # Nearly always C takes the whole list. By rows, which are looked at in Python, a step of
-        # small tensors takes 5 to 15 times as long; checked first, where it can be made at once,
+        # small tensors takes 5 to 9 times as long; checked first, where it can be made at once,
         # twice as long.
         streamed = {**rounding, "streams": streams} if rounding else {}
         whole = partial(optimizer._native_step, lists, **values, **streamed)
