@@ -92,18 +92,19 @@ def _store(to: Tensor, x: Tensor, random: Tensor | None) -> None:
         to.copy_(torch.where(x.isnan(), x, rounded.view(torch.float32)))
 
 
-def _grad_factor(grad_scale: float, maximize: bool) -> float:
-    """What gradients are multiplied by: 1 / grad_scale as float32, negated to maximize."""
-    inverse = torch.tensor(1.0 / grad_scale, dtype=torch.float32).item()
-    return -inverse if maximize else inverse
-
-
-def _unit(p: float, pivot: float) -> float:
-    """The pivot's factor; infinite where a float64 cannot hold it, as in C."""
+def _fold(
+    lr: float | Tensor, p: float, pivot: float, grad_scale: float, maximize: bool
+) -> tuple[float, float | Tensor, float]:
+    """The numbers that all tensors of a step share: rho of eq 20; lr times the pivot's factor,
+    infinite where a float64 cannot hold that, as in C; and what gradients are multiplied by,
+    1 / grad_scale as float32, negated to maximize."""
+    rho = lpsgd_ext.rho(p)
     try:
-        return math.pow(pivot, -1.0 / (p - 1.0))
+        unit = math.pow(pivot, -1.0 / (p - 1.0))
     except OverflowError:
-        return math.inf
+        unit = math.inf
+    inverse = torch.tensor(1.0 / grad_scale, dtype=torch.float32).item()
+    return rho, lr * unit, -inverse if maximize else inverse
 
 
 def _fit(x: _Number, dtype: torch.dtype) -> _Number:
@@ -156,9 +157,7 @@ def for_loop(
         >>> param  # the cube roots
         tensor([-2.,  1.])
     """
-    rho = lpsgd_ext.rho(p)
-    step_size = lr * _unit(p, pivot)
-    factor = _grad_factor(grad_scale, maximize)
+    rho, step_size, factor = _fold(lr, p, pivot, grad_scale, maximize)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         buffer = momentum_buffers[i] if momentum_buffers is not None else None
         conjugated: list[tuple[Tensor, Tensor]] = []
@@ -218,11 +217,9 @@ def foreach(
     """
     if not params:
         return
-    rho = lpsgd_ext.rho(p)
-    step_size = lr * _unit(p, pivot)
+    rho, step_size, factor = _fold(lr, p, pivot, grad_scale, maximize)
     half = params[0].dtype in HALF_DTYPES
     ws = [param.float() for param in params] if half else params
-    factor = _grad_factor(grad_scale, maximize)
     xs = [grad.to(ws[0].dtype) for grad in grads]
     if factor != 1.0:
         xs = list(torch._foreach_mul(xs, factor))

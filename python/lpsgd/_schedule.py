@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 import lpsgd_ext
 
-from ._optimizer import changes_nothing
+from ._unusual import changes_nothing
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

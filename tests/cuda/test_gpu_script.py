@@ -14,7 +14,7 @@ import torch
 import lpsgd_ext
 from benchmarks.speed import gpu, gpu_checks
 from helpers import ROOT, bits
-from lpsgd import _eager, _optimizer
+from lpsgd import _base, _eager, _unusual
 
 CPU = torch.device("cpu")
 CHECKS = gpu_checks.CHECKS | {
@@ -75,7 +75,8 @@ def test_the_other_checks_see_a_step_that_does_nothing(name, monkeypatch):
 
 def test_the_check_of_the_default_sees_a_step_in_pytorch_operations(monkeypatch):
     answers = itertools.chain([True] * gpu_checks.STEPS, itertools.repeat(False))
-    monkeypatch.setattr(_optimizer, "observed", lambda: next(answers))
+    for part in (_base, _unusual):
+        monkeypatch.setattr(part, "observed", lambda: next(answers))
     with pytest.raises(AssertionError):
         gpu_checks.kernels_by_default(CPU)
 

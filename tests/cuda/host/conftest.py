@@ -3,7 +3,7 @@ import cuda_double  # isort: skip  (before lpsgd_ext)
 
 import pytest
 
-from lpsgd import _eager, _optimizer, _routing
+from lpsgd import _base, _eager, _optimizer, _unusual
 
 collect_ignore = ["cuda_double.py"]  # as a module with doctests it would be imported a second time
 
@@ -13,9 +13,9 @@ def module(tmp_path, monkeypatch):
     """lpsgd_ext as in a new process with three devices, also for the classes."""
     cuda_double.reset(devices=3)
     module = cuda_double.fresh_module(tmp_path)
-    for part in (_eager, _optimizer, _routing):
+    for part in (_base, _eager, _optimizer, _unusual):
         monkeypatch.setattr(part, "lpsgd_ext", module)
-    _routing._warn_once.cache_clear()
+    _unusual._warn_once.cache_clear()
     return module
 
 

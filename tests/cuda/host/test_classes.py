@@ -74,7 +74,7 @@ def test_a_step_does_not_wait_for_lr_on_the_gpu(cls, capturable, monkeypatch):
     there, here = models()
     lr = cuda(torch.tensor(0.5))
     if capturable:
-        monkeypatch.setattr("lpsgd._optimizer.check_capturable", lambda params: None)
+        monkeypatch.setattr("lpsgd._unusual._check_capturable", lambda params: None)
     optimizer, other = cls(there, lr=lr, capturable=capturable), cls(here, lr=0.5)
     optimizer.step()
     other.step()

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""What LPSGD and LPSGDM share: construction, checkpoints in torch.optim's format, and `step`."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, TypeVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+
+import lpsgd_ext
+
+from ._compiled import register, traced_step
+from ._unusual import Fresh, Lists, States, observed, unusual_step
+from ._values import check_values
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+class LPOptimizer(Optimizer):
+    """The base class. What is abstract in it tells LPSGD from LPSGDM."""
+
+    _HYPER: ClassVar[tuple[str, ...]]  # the keys of a group that a step takes
+    _SGD: ClassVar[dict[str, Any]]  # what torch.optim.SGD needs in a checkpoint besides
+
+    def _gather(self, group: dict[str, Any], known: States, fresh: Fresh) -> Lists:
+        """The parameters that have a gradient, their gradients and what the state holds.
+
+        `known` has the states that no earlier group of this step took, in their order. `fresh` gets
+        what the state will hold if the step is made.
+        """
+        raise NotImplementedError
+
+    def _traced_buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+        """What the state holds, in a way that Dynamo can trace."""
+        raise NotImplementedError
+
+    def _native_step(self, lists: Lists, **values: Any) -> None:
+        """The step in C."""
+        raise NotImplementedError
+
+    # Construction.
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        check_values(defaults)
+        _store_dtype_by_name(defaults)
+        super().__init__(params, defaults)
+        self._number = register(self)
+        if defaults["fused"]:
+            self._step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            check_values({**self.defaults, **param_group})
+            _store_dtype_by_name(param_group)
+        super().add_param_group(param_group)
+
+    # Checkpoints.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = register(self)
+        for group in self.param_groups:
+            for name, value in {**_signature_defaults(type(self)), **self.defaults}.items():
+                group.setdefault(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim's; the groups have besides what torch.optim.SGD needs to load it."""
+        state_dict = super().state_dict()
+        for group in state_dict.get("param_groups", ()):  # a hook may have returned anything
+            for name, value in self._SGD.items():
+                group[name] = group["momentum"] if value == "momentum" else value
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
+        try:
+            with self.register_load_state_dict_pre_hook(lambda _, state: self._prepare_load(state)):
+                super().load_state_dict(state_dict)
+        finally:
+            self.__dict__.pop("_loading", None)
+
+    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
+        """Looks at a state_dict that is being loaded, after all other hooks."""
+
+    # The step.
+
+    @staticmethod
+    def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
+        """torch.optim's wrapper of `step`, which runs hooks and tells the profiler, left out while
+        there is neither: that is a third of a small step's time."""
+        hooked = Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            return (hooked if _has_hooks(args[0]) else func)(*args, **kwargs)
+
+        return step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Performs a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which `step` returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.compiler.is_compiling():
+            traced_step(self)
+        else:
+            self._eager_step()
+        return loss
+
+    def _eager_step(self) -> None:
+        if not self._usual_step():
+            unusual_step(self)
+
+    def _usual_step(self) -> bool:
+        """The whole step by one call of C, if there is nothing unusual about it."""
+        attributes = self.__dict__
+        if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
+            return False
+        state = self.state if "momentum" in self._HYPER else None
+        return lpsgd_ext.step_param_groups(self.param_groups, state, observed())
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether a step has more to do than to step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def defaults_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of groups, whose keys are the names of a constructor's arguments, out of its
+    locals()."""
+    others = ("self", "params", "__class__")
+    return {name: value for name, value in arguments.items() if name not in others}
+
+
+def _store_dtype_by_name(group: dict[str, Any]) -> None:
+    # torch.distributed.checkpoint refuses a torch.dtype in a group.
+    if group.get("momentum_dtype") is torch.float32:
+        group["momentum_dtype"] = "float32"
+
+
+def _signature_defaults(cls: type) -> dict[str, Any]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""The step as torch.compile sees it: what Dynamo traces, and one custom operation per group."""
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _unusual
+from ._unusual import PLAIN_TYPES, Gathered
+
+if TYPE_CHECKING:
+    from ._base import LPOptimizer
+
+# Running optimizers by a number that a compiled graph can hold.
+_optimizers: weakref.WeakValueDictionary[int, "LPOptimizer"] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(optimizer: "LPOptimizer") -> int:
+    """The number by which graphs find the optimizer."""
+    number = next(_numbers)
+    _optimizers[number] = optimizer
+    return number
+
+
+def traced_step(optimizer: "LPOptimizer") -> None:
+    """Makes a step in a way that Dynamo can trace."""
+    # By any other way to the groups Dynamo would guard on all their values, lr and p included.
+    groups = vars(optimizer)["param_groups"]
+    # All gradients come before any state: Dynamo guards on the identity of what it reaches
+    # through the keys of the state.
+    streams: list[list[int]] = []
+    lists: list[tuple[list[Tensor], list[Tensor]]] = []
+    first = 0
+    for group in groups:
+        params = [param for param in group["params"] if param.grad is not None]
+        if any(type(param) not in PLAIN_TYPES for param in params):  # DTensors have no rule
+            torch.compiler.disable(optimizer._eager_step)()  # type: ignore[no-untyped-call]
+            return
+        lists.append((params, [param.grad for param in params]))
+        numbered = enumerate(group["params"], first)
+        streams.append([i for i, param in numbered if param.grad is not None])
+        first += len(group["params"])
+    for i, (params, grads) in enumerate(lists):
+        if params:
+            buffers = optimizer._traced_buffers(groups[i], params)
+            # Not by no_grad: a compiled graph that raises would leave grad mode off.
+            detached = [param.detach() for param in params]
+            _compiled_step(detached, grads, buffers, streams[i], optimizer._number, i)
+
+
+@torch.library.custom_op("lpsgd::step_", mutates_args=("params", "momentum_buffers"))
+def _compiled_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    streams: Sequence[int],
+    optimizer: int,
+    group: int,
+) -> None:
+    """The step of one group, which runs when the graph does. lr, p and the like are read from the
+    group then, so that no graph depends on them."""
+    lists = [list(params), list(grads), list(momentum_buffers)]
+    if not momentum_buffers:
+        del lists[2]
+    self = _optimizers[optimizer]
+    if not _unusual.found_inf(self):
+        gathered = Gathered(self.param_groups[group], lists, list(streams))
+        for call in _unusual.prepare(self, [gathered]):
+            call()
+
+
+@_compiled_step.register_fake
+def _(*args: Any) -> None:
+    return None

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: MIT
+"""The way of an unusual step, from top to bottom: gather, try C, rows, routes, calls, checks."""
+
+import functools
+import operator
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, _get_capturable_supported_devices
+
+import lpsgd_ext
+
+from . import _eager, _shards
+from ._values import FLOAT32, by_default, check_values, is_on_cuda, momentum_dtype_of
+
+if TYPE_CHECKING:
+    from ._base import LPOptimizer
+
+Lists = list[list[Tensor]]  # parameters, gradients and, for LPSGDM, momentum buffers
+States = deque[tuple[Tensor, dict[str, Any]]]
+Fresh = dict[Tensor, Tensor]  # the buffers that a step makes, by their parameters
+Call = Callable[[], None]
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
+
+
+class Gathered(NamedTuple):
+    """What a step takes of a group; `streams` as for lpsgd_ext.lpsgd_."""
+
+    group: dict[str, Any]
+    lists: Lists
+    streams: list[int]
+
+
+class Row(NamedTuple):
+    """One parameter, or a piece of it, in a step; `stream` and `offset` as for lpsgd_ext.lpsgd_."""
+
+    tensors: tuple[Tensor, ...]  # the parameter, its gradient and what the state holds
+    stream: int
+    offset: int = 0
+
+
+def unusual_step(optimizer: "LPOptimizer") -> None:
+    """Makes a step that is not one call of C, or raises and has changed nothing."""
+    if found_inf(optimizer):
+        return
+    with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+        gathered, fresh = _gather(optimizer)
+        state = optimizer.state
+        stateless = [param for param in fresh if param not in state]
+        empty = [param for param in fresh if "momentum_buffer" in state.get(param, ())]
+        try:
+            for param, buffer in fresh.items():
+                state[param]["momentum_buffer"] = buffer
+            if fresh and optimizer._usual_step():  # all that was unusual may have been the states
+                return
+            calls = prepare(optimizer, gathered)
+        except BaseException:
+            for param in fresh:
+                state.get(param, {}).pop("momentum_buffer", None)
+            for param in stateless:
+                state.pop(param, None)
+            for param in empty:
+                state[param]["momentum_buffer"] = None
+            raise
+        for call in calls:
+            call()
+
+
+def found_inf(optimizer: Optimizer) -> bool:
+    """Whether torch.amp.GradScaler found a gradient that is not finite, if the CPU knows."""
+    value = getattr(optimizer, "found_inf", None)
+    return value is not None and not is_on_cuda(value) and bool(value != 0)
+
+
+def _gather(optimizer: "LPOptimizer") -> tuple[list[Gathered], Fresh]:
+    """The groups that have gradients, and the buffers that their states lack."""
+    known: States = deque(optimizer.state.items())
+    fresh: Fresh = {}
+    gathered = []
+    first = 0
+    for group in optimizer.param_groups:
+        lists = optimizer._gather(group, known, fresh)
+        streams: list[int] = []
+        if group["stochastic_rounding"]:
+            numbered = enumerate(group["params"], first)
+            streams = [i for i, param in numbered if param.grad is not None]
+        first += len(group["params"])
+        if lists[0]:
+            gathered.append(Gathered(group, lists, streams))
+    return gathered, fresh
+
+
+def prepare(optimizer: "LPOptimizer", gathered: Sequence[Gathered]) -> list[Call]:
+    """Checks everything there is to check; returns the calls that are left to make."""
+    alone = len(gathered) == 1
+    return [call for one in gathered for call in _calls(optimizer, one, alone)]
+
+
+def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Call]:
+    """The calls that make a group's step, all of whose tensors are checked here. `alone`: there is
+    no other group; then the step may have been made already."""
+    group, lists, streams = gathered
+    values = _step_values(optimizer, group)
+    rounding, count = _rounding(optimizer, group)
+    in_c = not group["differentiable"] and (
+        group["fused"] or (by_default(group) and not observed())
+    )
+    if group["capturable"] and not group["fused"]:
+        _check_capturable(lists[0])
+    whole = None
+    if in_c and not any(map(is_on_cuda, values.values())):
+        # Nearly always C takes the whole list. By rows, which are looked at in Python, a step of
+        # small tensors takes 5 to 9 times as long; checked first, where it can be made at once,
+        # twice as long.
+        streamed = {**rounding, "streams": streams} if rounding else {}
+        whole = partial(optimizer._native_step, lists, **values, **streamed)
+        at_once = alone and not count
+        try:
+            whole(dry_run=not at_once)
+            return [] if at_once else [whole, *count]
+        except lpsgd_ext.CudaError:
+            raise
+        except (TypeError, ValueError, RuntimeError):
+            pass  # nothing has been written, and what C refuses goes by rows
+    check_values(group)
+    rows = [
+        piece
+        for i, tensors in enumerate(zip(*lists, strict=True))
+        for piece in _localize(Row(tensors, streams[i] if rounding else i), bool(rounding))
+    ]
+    native_rows = [row for row in rows if in_c and _is_native(row.tensors)]
+    others = [row for row in rows if not (in_c and _is_native(row.tensors))]
+    if group["fused"] and others:
+        _refuse_fused(others, whole)
+    if in_c:
+        _warn_of_fallback(others)
+    calls = _native_calls(optimizer, native_rows, values, rounding)
+    calls += _fallback_calls(group, others, values, rounding)
+    written = [tensor for column in lists[::2] for tensor in column]
+    if any(_shards.is_dtensor(tensor) for tensor in written):
+        calls.append(partial(torch.autograd.graph.increment_version, written))
+    return calls + count
+
+
+# Values.
+
+
+def _step_values(optimizer: "LPOptimizer", group: dict[str, Any]) -> dict[str, Any]:
+    """What a group's step takes beside tensors and what stochastic rounding needs."""
+    values = {name: group[name] for name in optimizer._HYPER}
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    if grad_scale is not None:
+        values["grad_scale"] = grad_scale
+    found_inf = getattr(optimizer, "found_inf", None)
+    if is_on_cuda(found_inf):
+        values["found_inf"] = found_inf
+    if group.get("momentum_dtype") in FLOAT32:
+        values["momentum_float32"] = True
+    return values
+
+
+def _rounding(optimizer: Optimizer, group: dict[str, Any]) -> tuple[dict[str, int], list[Call]]:
+    """What stochastic rounding needs, and the call that counts the step once it is made."""
+    if not group["stochastic_rounding"]:
+        return {}, []
+    check_values(group)  # now, as rounding_step is counted on here
+    step = group.get("rounding_step", 0)
+    following = step + (not changes_nothing(optimizer))
+    count = partial(operator.setitem, group, "rounding_step", following)
+    return {"seed": group["seed"], "step": step}, [count]
+
+
+def changes_nothing(optimizer: Optimizer) -> bool:
+    """Whether lr and the gradients are all 0: torch.distributed.checkpoint takes such a step where
+    it finds an optimizer without state. It is none of the steps that are counted."""
+    groups = optimizer.param_groups
+    if any(is_on_cuda(group["lr"]) or group["lr"] != 0.0 for group in groups):
+        return False
+    grads = [param.grad for group in groups for param in group["params"]]
+    return not any(grad is not None and _shards.has_nonzero(grad) for grad in grads)
+
+
+# Rows.
+
+
+def _localize(row: Row, in_pieces: bool) -> list[Row]:
+    """A DTensor's row as one of its local shard, or as one for each run of elements that are
+    neighbours in the whole parameter; any other row as it is."""
+    param = row.tensors[0]
+    if not _shards.is_dtensor(param):
+        return [row]
+    tensors = _shards.local_tensors(row.tensors)
+    if not in_pieces or not all(tensor.numel() and tensor.is_contiguous() for tensor in tensors):
+        return [row._replace(tensors=tensors)]
+    length, starts = _shards.runs(param)
+    pieces = zip(*(torch.split(tensor.view(-1), length) for tensor in tensors), strict=True)
+    return [Row(piece, row.stream, start) for piece, start in zip(pieces, starts, strict=True)]
+
+
+def _columns(rows: Sequence[Row]) -> Lists:
+    return [list(column) for column in zip(*(row.tensors for row in rows), strict=True)]
+
+
+def _numbers_of(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"streams": [row.stream for row in rows], "offsets": [row.offset for row in rows]}
+
+
+def _by_device(rows: Iterable[Row]) -> list[tuple[torch.device, list[Row]]]:
+    on: dict[torch.device, list[Row]] = {}
+    for row in rows:
+        on.setdefault(row.tensors[0].device, []).append(row)
+    return list(on.items())
+
+
+# Routes.
+
+
+def observed() -> bool:
+    """Whether something other than a device context watches PyTorch's operations."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return True
+    return any(
+        not isinstance(torch._C._get_function_stack_at(i), torch.utils._device.DeviceContext)
+        for i in range(torch._C._len_torch_function_stack())
+    )
+
+
+def _is_native(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the C kernels are meant for this parameter and what goes with it."""
+    param, grad, *_ = tensors
+    device = param.device
+    return (
+        device.type in ("cpu", "cuda")
+        and _cuda_refusal(device) is None
+        and grad.dtype == param.dtype in _NATIVE_DTYPES
+        and all(_has_native_memory(param, tensor) for tensor in tensors)
+        and _is_dense(param)
+    )
+
+
+def _cuda_refusal(device: torch.device) -> str | None:
+    """Why the C kernels don't run on this device, if it is a CUDA device."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip:
+        return "this PyTorch is built for ROCm"
+    return lpsgd_ext.cuda_refusal(device.index)
+
+
+def _has_native_memory(param: Tensor, other: Tensor) -> bool:
+    """Whether `other`'s elements lie in memory as `param`'s do, as the C kernels need it."""
+    return (
+        type(other) in PLAIN_TYPES
+        and other.layout == torch.strided
+        and not other.is_neg()
+        and other.stride() == param.stride()
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory in some order of the dimensions."""
+    extent = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != extent:
+            return tensor.numel() == 0
+        extent *= size
+    return True
+
+
+def _warn_of_fallback(rows: Iterable[Row]) -> None:
+    """Says once for a device that the C kernels cannot be used there, and why."""
+    for device, _ in _by_device(rows):
+        refusal = _cuda_refusal(device)
+        if refusal:
+            _warn_once(f"PyTorch's operations step on {device}: {refusal}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+# Calls.
+
+
+def _native_calls(
+    optimizer: "LPOptimizer", rows: list[Row], values: dict[str, Any], rounding: dict[str, int]
+) -> list[Call]:
+    """The step in C, one call for each device; checks the rows."""
+    calls: list[Call] = []
+    for device, same in _by_device(rows):
+        numbers = {**_for_device(values, device), **rounding, **_numbers_of(same)}
+        native = partial(optimizer._native_step, _columns(same), **numbers)
+        native(dry_run=True)
+        calls.append(native)
+    return calls
+
+
+def _for_device(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Values as the C kernels on a device take them. Those that are on a GPU stay on one: nothing
+    waits for it."""
+    on_cuda = [name for name, value in values.items() if is_on_cuda(value)]
+    moved = {name: values[name].to(device, non_blocking=device.type == "cuda") for name in on_cuda}
+    if on_cuda and device.type == "cuda":
+        size = lpsgd_ext.cuda_scratch_size()
+        moved["scratch"] = torch.empty(size, dtype=torch.uint8, device=device)
+    return {**values, **moved}
+
+
+def _fallback_calls(
+    group: dict[str, Any], rows: list[Row], values: dict[str, Any], rounding: dict[str, int]
+) -> list[Call]:
+    """A group's step in PyTorch's operations."""
+    found_inf = values.get("found_inf")
+    if not rows or (found_inf is not None and found_inf != 0):
+        return []
+    values = {name: value for name, value in values.items() if name != "found_inf"}
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    use_foreach = group["foreach"] or (
+        by_default(group) and not group["differentiable"] and not transformed
+    )
+    return _eager_calls(rows, use_foreach, _for_eager(group, values), rounding)
+
+
+def _for_eager(group: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a group as _eager takes them: numbers, except where tensors have to stay."""
+    keep = ("lr", "weight_decay") if group["differentiable"] or group["capturable"] else ()
+    return {
+        name: value.item() if isinstance(value, Tensor) and name not in keep else value
+        for name, value in values.items()
+    }
+
+
+def _eager_calls(
+    rows: Iterable[Row], use_foreach: bool, values: dict[str, Any], rounding: dict[str, int]
+) -> list[Call]:
+    """The step in PyTorch's operations; checks the rows."""
+    values = dict(values)
+    momentum_float32 = values.pop("momentum_float32", False)
+
+    def can_foreach(row: Row) -> bool:
+        param = row.tensors[0]
+        return (
+            use_foreach
+            and all(type(t) in PLAIN_TYPES and not t.is_neg() for t in row.tensors)
+            and not param.is_complex()
+            and not (rounding and param.dtype == torch.bfloat16)
+        )
+
+    def key(row: Row) -> tuple[bool, str, str]:
+        return can_foreach(row), str(row.tensors[0].device), str(row.tensors[0].dtype)
+
+    rows = sorted(rows, key=key)
+    for row in rows:
+        _check_eager(row.tensors, momentum_float32)
+    calls: list[Call] = []
+    for (in_foreach, *_), group in groupby(rows, key=key):
+        same = list(group)
+        params, grads, *buffers = _columns(same)
+        momentum_buffers = buffers[0] if buffers else None
+        if in_foreach:
+            calls.append(partial(_eager.foreach, params, grads, momentum_buffers, **values))
+        else:
+            numbers = {**values, **rounding, **_numbers_of(same)}
+            calls.append(partial(_eager.for_loop, params, grads, momentum_buffers, **numbers))
+    return calls
+
+
+# Checks.
+
+
+def _check_capturable(params: Sequence[Tensor]) -> None:
+    devices = _get_capturable_supported_devices(supports_xla=False)
+    if any(param.device.type not in devices for param in params):
+        raise AssertionError(f"If capturable=True, params must be on supported devices: {devices}.")
+
+
+def _refuse_fused(rows: Sequence[Row], whole: Callable[..., None] | None) -> NoReturn:
+    """Raises what is wrong with rows that C cannot step although `fused=True`: in torch.optim's
+    words, or else in those of C, which has refused `whole`, the step of the whole list."""
+    supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
+    for row in rows:
+        if row.tensors[1].layout != torch.strided:
+            raise RuntimeError(_NO_SPARSE)
+        param = row.tensors[0]
+        if param.device.type not in supported or param.dtype not in _NATIVE_DTYPES:
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of "
+                f"supported devices: {supported} but {param.dtype} and {param.device.type}"
+            )
+        refusal = _cuda_refusal(param.device)
+        if refusal:
+            raise RuntimeError(f"`fused=True` cannot be used on {param.device}: {refusal}")
+    if whole:
+        whole(dry_run=True)
+    raise RuntimeError("`fused=True` needs tensors that C can step")
+
+
+def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
+    """What PyTorch's own operations would not refuse, or only after some have been made."""
+    param, grad, *buffers = tensors
+    for buffer in buffers:
+        if type(buffer) not in (*PLAIN_TYPES, type(param)):
+            raise TypeError(
+                f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
+            )
+    _check_eager_match(param, grad, buffers, momentum_float32)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # no memory to look at
+    for tensor in (param, *buffers):
+        _check_eager_written(tensor, transformed)
+    if not transformed and any(
+        type(tensor) in PLAIN_TYPES and _is_out_of_bounds(tensor) for tensor in tensors
+    ):
+        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
+
+
+def _check_eager_match(
+    param: Tensor, grad: Tensor, buffers: Sequence[Tensor], momentum_float32: bool
+) -> None:
+    tensors = (param, grad, *buffers)
+    if any(tensor.layout != torch.strided for tensor in tensors):
+        raise RuntimeError(_NO_SPARSE)
+    for tensor in tensors[1:]:
+        if tensor.shape != param.shape:
+            raise RuntimeError(
+                f"gradient and momentum_buffer must have the parameter's shape, "
+                f"{tuple(param.shape)}, but got {tuple(tensor.shape)}"
+            )
+        if tensor.device != param.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, "
+                f"but found at least two devices, {param.device} and {tensor.device}!"
+            )
+    if param.dtype not in _NATIVE_DTYPES and not param.is_complex():
+        raise RuntimeError(f"LPSGD and LPSGDM cannot step parameters of {param.dtype}")
+    if grad.is_complex() != param.is_complex():
+        raise RuntimeError(f"a gradient of {grad.dtype} does not fit a parameter of {param.dtype}")
+    for buffer in buffers:
+        expected = momentum_dtype_of(param, momentum_float32)
+        if buffer.dtype != expected:
+            raise RuntimeError(f"momentum_buffer must be {expected}, but is {buffer.dtype}")
+
+
+def _check_eager_written(tensor: Tensor, transformed: bool) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "Inplace update to inference tensor outside InferenceMode is not allowed"
+        )
+    if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+        raise RuntimeError(
+            "a leaf Variable that requires grad is being used in an in-place operation."
+        )
+    if not transformed and torch._debug_has_internal_overlap(tensor) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to "
+            "a single memory location. Please clone() the tensor before performing the "
+            "operation."
+        )
+
+
+def _is_out_of_bounds(tensor: Tensor) -> bool:
+    """Whether the tensor reaches beyond its storage, which PyTorch's operations don't notice."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return False
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return bool(end > tensor.untyped_storage().nbytes())
