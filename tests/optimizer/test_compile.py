@@ -109,6 +109,21 @@ def test_a_parameter_without_gradient_is_left_alone(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_a_compiled_step_looks_at_found_inf_when_it_runs(cls):
+    model, other = model_and_copy()
+    optimizer = optimizer_of(cls, model, fused=True)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    optimizer.found_inf = torch.ones(())
+    step()
+    assert same(model, other)
+    optimizer.found_inf = torch.zeros(())
+    step()
+    assert not same(model, other)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_two_optimizers_can_be_compiled(cls):
     pairs = [model_and_copy() for _ in range(2)]
     optimizers = [optimizer_of(cls, model) for model, _ in pairs]

@@ -53,6 +53,7 @@ MALFORMED = {
     "compressed": lambda: zeros().to_sparse_csr(),
     "meta": lambda: zeros(device="meta"),
     "shrunk storage": lambda: resized(8),
+    "a storage that lacks an element": lambda: resized(44),
     "freed storage": lambda: resized(0),
     "expanded": lambda: torch.zeros(1, 4).expand(SHAPE),
     "a foreign subclass": lambda: zeros().as_subclass(Foreign),

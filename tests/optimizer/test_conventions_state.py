@@ -371,6 +371,20 @@ def test_step_hooks_run_in_torchs_order_and_can_be_removed(make):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    "register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook]
+)
+def test_a_hook_of_all_optimizers_runs_alone(cls, register):
+    optimizer, ran = cls(parameters()), []
+    handle = register(lambda optimizer, args, kwargs: ran.append(optimizer))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert ran == [optimizer]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_a_step_pre_hook_can_replace_the_closure(cls):
     optimizer = cls(parameters())
     optimizer.register_step_pre_hook(lambda self, args, kwargs: ((self, lambda: 2.0), {}))

@@ -121,11 +121,12 @@ def test_update_is_odd(cls, dtype, p):
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("p", [2.0, 3.0, math.inf])
-def test_maximize_is_the_negated_gradient(cls, p):
-    grad = torch.randn(200, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_maximize_is_the_negated_gradient(cls, p, dtype):
+    grad = torch.randn(200, generator=torch.Generator().manual_seed(3)).to(dtype)
     moved = []
     for maximize in (True, False):
-        param = torch.nn.Parameter(torch.ones(200))
+        param = torch.nn.Parameter(torch.ones(200, dtype=dtype))
         optimizer = cls([param], lr=0.1, p=p, weight_decay=0.1, maximize=maximize, fused=True)
         for _ in range(3):
             param.grad = grad if maximize else -grad

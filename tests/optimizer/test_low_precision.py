@@ -124,9 +124,10 @@ def test_a_bfloat16_checkpoint_goes_on_with_float32_momentum():
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("shape", [(1,), (37,), (8, 129), (3, 4, 5, 6), ()])
 @pytest.mark.parametrize("momentum_dtype", [None, torch.float32])
-def test_c_and_eager_draw_the_same_random_bits(cls, shape, momentum_dtype):
+@pytest.mark.parametrize("seed", [5, -5])
+def test_c_and_eager_draw_the_same_random_bits(cls, shape, momentum_dtype, seed):
     """p = 2 without momentum rounds the same float32 numbers in both, so the bits agree."""
-    values = {"p": 2.0, "lr": 2.0**-6, "stochastic_rounding": True, "seed": 5}
+    values = {"p": 2.0, "lr": 2.0**-6, "stochastic_rounding": True, "seed": seed}
     if cls is lpsgd.LPSGDM:
         values |= {"momentum": 0.5, "momentum_dtype": momentum_dtype}
     params, others = (

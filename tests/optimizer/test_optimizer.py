@@ -300,6 +300,21 @@ def test_what_c_refuses_goes_to_eager_in_the_same_step(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_c_steps_what_it_can_whatever_is_beside_it(cls):
+    """Seen by the last bits of powers, in which C and PyTorch's operations differ."""
+
+    def stepped(*others, **how):
+        param = Parameter(torch.ones(1000))
+        param.grad = torch.linspace(0.01, 1.0, 1000)
+        cls([param, *others], lr=0.1, p=6.0, **how).step()
+        return [param]
+
+    in_c = stepped(fused=True)
+    assert same_bits(stepped(odd_parameters()["strided"]), in_c)
+    assert not same_bits(stepped(foreach=True), in_c)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("name", [name for name in odd_parameters() if name != "plain"])
 def test_fused_demands_c(cls, name):
     param = odd_parameters()[name]

@@ -280,6 +280,13 @@ def test_the_gpu_reads_found_inf_on_it(module, dtype, value):
     assert_same(lists, stepped(start) if value == 0.0 else start)
 
 
+def test_the_gpu_writes_within_the_scratch_that_is_asked_for(module):
+    size = module.cuda_scratch_size()
+    memory = cuda(torch.full((size + 64,), 255, dtype=torch.uint8))
+    step(module, to_devices(some_lists()), lr=cuda(torch.tensor(0.1)), scratch=memory[:size])
+    assert (host(memory)[size:] == 255).all()
+
+
 def test_all_numbers_at_once_and_values_of_every_other_kind_beside(module):
     start = some_lists()
     lists = to_devices(start, (1,))
