@@ -68,7 +68,7 @@ def _compiled_step(
     if not momentum_buffers:
         del lists[2]
     self = _optimizers[optimizer]
-    if not _unusual.found_inf(self):
+    if not _unusual.has_found_inf(self):
         gathered = Gathered(self.param_groups[group], lists, list(streams))
         for call in _unusual.prepare(self, [gathered]):
             call()

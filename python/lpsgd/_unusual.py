@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 def unusual_step(optimizer: "LPOptimizer") -> None:
     """Makes a step that is not one call of C, or raises and has changed nothing."""
-    if found_inf(optimizer):
+    if has_found_inf(optimizer):
         return
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         gathered, fresh = _gather(optimizer)
@@ -76,7 +76,7 @@ def unusual_step(optimizer: "LPOptimizer") -> None:
             call()
 
 
-def found_inf(optimizer: Optimizer) -> bool:
+def has_found_inf(optimizer: Optimizer) -> bool:
     """Whether torch.amp.GradScaler found a gradient that is not finite, if the CPU knows."""
     value = getattr(optimizer, "found_inf", None)
     return value is not None and not is_on_cuda(value) and bool(value != 0)

@@ -54,7 +54,8 @@ def test_c(target):
     make(target, *(["CC=gcc"] if target == "check-sanitize" else []))
 
 
-def test_c_with_clang():
+@pytest.mark.parametrize("target", ["golden-native", pytest.param("check", marks=pytest.mark.full)])
+def test_c_with_clang(target):
     if not has_cmocka():
         pytest.skip("cmocka is not installed")
-    make("check", f"CC={tool('clang')}")
+    make(target, f"CC={tool('clang')}")

@@ -27,7 +27,7 @@ COPY = ROOT / "build" / "mutants"
 LOG = ROOT / "build" / "mutants.log"  # what the last program printed
 
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-PARALLEL = ["--numprocesses=auto", "--maxprocesses=8", "--dist=worksteal"]  # as in `make test`
+PARALLEL = ["--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile"]  # as in `make test`
 # With the stand-in for nvcc, so that mutants of the CUDA code compile without a warning too.
 BUILD = ["env", "LPSGD_WERROR=1", "LPSGD_CUDA=1", "NVCC=tests/csrc/nvcc_double.sh"]
 BUILD += [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "python"]
