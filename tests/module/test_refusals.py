@@ -159,6 +159,7 @@ def test_refused_calls_leave_no_objects_or_references_behind():
         (lambda: good(5), ValueError, "shape"),
         (lambda: good().reshape(2, 2), ValueError, "shape"),
         (lambda: good(dtype=torch.float64), TypeError, "dtype"),
+        (lambda: good().to(torch.int32), TypeError, "dtype"),  # as wide
     ],
 )
 def test_mismatch_with_the_parameter_is_refused(which, other, exception, word):
