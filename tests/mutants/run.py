@@ -31,6 +31,7 @@ PARALLEL = ["--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile"]  # as 
 # With the stand-in for nvcc, so that mutants of the CUDA code compile without a warning too.
 BUILD = ["env", "LPSGD_WERROR=1", "LPSGD_CUDA=1", "NVCC=tests/csrc/nvcc_double.sh"]
 BUILD += [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "python"]
+APPLY = ["git", "apply"]
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(COPY / "python"),
@@ -112,8 +113,8 @@ def make_copy() -> None:
 
 def check_without_mutants(mutants: Sequence[Mutant]) -> None:
     """A test that fails, or is skipped, in any case says nothing of a mutant."""
-    for mutant in mutants:
-        must(["git", "apply", "--check", str(mutant.path)])
+    if stale := [one.name for one in mutants if run([*APPLY, "--check", str(one.path)])[0] != 0]:
+        raise Failure(f"patches that do not apply: {', '.join(stale)}")
     tests = sorted({test for mutant in mutants for test in mutant.tests})
     if tests and "SKIPPED" in (output := must([*PYTEST, *PARALLEL, *tests], MINUTES_OF_ALL)):
         raise Failure(f"tests of mutants are skipped here:\n{output[-4000:]}")
@@ -128,13 +129,13 @@ def applied(mutant: Mutant) -> Iterator[None]:
     (module,) = (COPY / "python").glob("lpsgd_ext*.so")
     kept = COPY / "build" / "kept.so"
     shutil.copy2(module, kept)
-    must(["git", "apply", str(mutant.path)])
+    must([*APPLY, str(mutant.path)])
     try:
         if mutant.is_compiled:
             must(BUILD)
         yield
     finally:
-        must(["git", "apply", "--reverse", str(mutant.path)])
+        must([*APPLY, "--reverse", str(mutant.path)])
         module.unlink(missing_ok=True)
         shutil.copy2(kept, module)
 
