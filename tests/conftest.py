@@ -35,7 +35,7 @@ def pytest_testnodedown(node):
 
 def pytest_terminal_summary(terminalreporter, config):
     left = config.stash.get(_left, 0)
-    if left and config.getoption("markexpr") == "not full":
+    if left and config.getoption("markexpr") == "not full" and not config.getoption("keyword"):
         terminalreporter.write_line(f"{left} further cases are left to `make test-all`")
 
 

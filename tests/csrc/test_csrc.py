@@ -38,7 +38,7 @@ def has_cmocka():
     return compiler.returncode == 0
 
 
-LONG = ("check-guard-pages", "check-sanitize")  # of `make sanitize`, too
+LONG = ("check-guard-pages", "check-sanitize", "check-old-cpu")  # of other targets, too
 
 
 @pytest.mark.parametrize(

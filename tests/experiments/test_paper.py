@@ -202,7 +202,7 @@ def write_whole(file, write):
     original_write(file, write_and_cut)
 records.write_whole = write_whole
 around("replace"), around("fsync")
-import benchmarks.paper.train
+import benchmarks.paper.train, sklearn.datasets
 arguments = sys.argv
 for start in arguments[2:]:
     moments, _, output = start.partition(":")

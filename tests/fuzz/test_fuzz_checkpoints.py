@@ -4,15 +4,16 @@
 import subprocess
 import sys
 
+import pytest
+
 from fuzzing import SECONDS, report
 from helpers import ROOT
 
-MUTATIONS = 3000
 
-
-def test_a_damaged_checkpoint_works_or_is_refused_and_nothing_changed(tmp_path):
+@pytest.mark.parametrize("mutations", [1000, pytest.param(3000, marks=pytest.mark.full)])
+def test_a_damaged_checkpoint_works_or_is_refused_and_nothing_changed(tmp_path, mutations):
     progress = tmp_path / "progress"
-    extent = ["--count", str(MUTATIONS)] if SECONDS is None else ["--seconds", str(SECONDS)]
+    extent = ["--count", str(mutations)] if SECONDS is None else ["--seconds", str(SECONDS)]
     result = subprocess.run(
         [sys.executable, "-m", "fuzz.mutate_checkpoints", *extent, "--progress", progress],
         cwd=ROOT / "tests",

@@ -81,7 +81,7 @@ def test_thread_boundaries_agree_with_float64(dtype):
         check_step(*(random(size, dtype, seed) for seed in range(3)), 6.0, True)
 
 
-@pytest.mark.parametrize("has_momentum", [False, True])
+@pytest.mark.parametrize("has_momentum", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_ten_million_elements_agree_with_float64(has_momentum):
     check_step(*(random(10**7, torch.float32, seed) for seed in range(3)), 6.0, has_momentum)
 

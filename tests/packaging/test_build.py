@@ -128,5 +128,6 @@ def test_build_without_openmp_says_so(source):
     assert build_module(source, LPSGD_OPENMP="0") == "[-0.5, -0.5, -0.5] False"
 
 
+@pytest.mark.full  # and of `make sanitize`
 def test_clang_builds_without_a_warning(source):
     assert build_module(source, CC=tool("clang")).startswith("[-0.5, -0.5, -0.5]")
