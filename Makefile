@@ -14,7 +14,7 @@ PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadf
 
 .PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
     test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
-    sanitize sanitize-gcc sanitize-clang coverage install wheel test-wheel clean
+    sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel clean
 
 help:
 	@echo "make TARGET; the environment, in build/venv, takes 3 minutes more at the first. TARGET is"
@@ -33,13 +33,12 @@ test-all: system-packages install ## the full products and longer samples as wel
 mutants: system-packages install ## breaks the code in 88 ways and says which test sees each: 20 minutes
 	$(IN_VENV) tests/mutants/run.py $(MUTANTS)
 
-.PHONY: system-packages
 system-packages:
 	sh tests/system_packages.sh clang libfuzzer cmocka pkg-config qemu-user cross-aarch64 \
 	    cross-s390x
 
-fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60) ## runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
-fuzz: install
+fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60)
+fuzz: install ## runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise
 	sh tests/system_packages.sh clang libfuzzer
 	$(IN_VENV) -m pytest -q -s tests/fuzz
 
@@ -180,12 +179,12 @@ $(VENV)/.docs: $(VENV)/.torch
 # A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.
 RELEASE_VENV := build/venv-release
 IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
-wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct) ## builds the release in dist and checks it: 1 minute
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/packaging/release/tools.txt
 wheel: export LPSGD_OPENMP := 1
 wheel: export LPSGD_WERROR := 1
 wheel: export LDSHARED := $(CC) -shared # a Python from elsewhere would leave its folder in the module
-wheel: $(RELEASE_VENV)/.tools
+wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 1 minute
 	rm -rf build/wheel dist python/*.egg-info
 	umask 022; $(IN_RELEASE) python -m build --outdir build/wheel
 	umask 022; $(IN_RELEASE) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """CUDA steps without a GPU: the module built with the stand-in for nvcc, on the driver's double.
 
-The tests of cuda_host run in one process of their own, whose libcuda.so.1 is the double.
+The tests of `host` run in one process of their own, whose libcuda.so.1 is the double.
 """
 
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The driver's double (c/cuda_double.h) and tensors that lpsgd_ext takes for CUDA tensors.
+"""The driver's double (csrc/cuda_double.h) and tensors that lpsgd_ext takes for CUDA tensors.
 
 It needs a process whose LD_LIBRARY_PATH has the double's folder, and must be imported before
 lpsgd_ext. PyTorch takes the tensors for CPU tensors, and may touch them within `opened` alone.
