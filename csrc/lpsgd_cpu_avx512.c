@@ -1,13 +1,65 @@
 /* SPDX-License-Identifier: MIT */
 #ifdef __x86_64__
-#define LPSGD_F16C
 #define LPSGD_KERNEL lpsgd_kernel_avx512
-#define LPSGD_AVX512 "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c"
-#ifdef __clang__
-#define LPSGD_TARGET __attribute__((target(LPSGD_AVX512)))
-#else
-#define LPSGD_TARGET __attribute__((target(LPSGD_AVX512 ",prefer-vector-width=512")))
-#endif
+#define LPSGD_LANES 16
+#define LPSGD_TARGET __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c")))
+#include "lpsgd_cpu_vector.h"
+
+#include <immintrin.h>
+
+LPSGD_VECTOR vfloat fma_each(vfloat a, vfloat b, vfloat c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+
+/* Entries of a table of eight. Its two copies fill a vector, so that a fourth bit of i is no matter. */
+typedef vfloat table8;
+
+LPSGD_VECTOR table8 table8_of(const float *from)
+{
+    return _mm512_broadcast_f32x8(_mm256_loadu_ps(from));
+}
+
+LPSGD_VECTOR vfloat look_up8(table8 table, vint i)
+{
+    return _mm512_permutexvar_ps((__m512i)i, table);
+}
+
+typedef struct table32 {
+    vfloat low, high;
+} table32;
+
+LPSGD_VECTOR table32 table32_of(const float *from, float least)
+{
+    (void)least;
+    return (table32){_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+}
+
+LPSGD_VECTOR vfloat look_up32(const table32 *table, vint i, int careful)
+{
+    (void)careful;
+    return _mm512_permutex2var_ps(table->low, (__m512i)i, table->high);
+}
+
+/* Whether there is a y, other than 0, that the tables do not serve. */
+LPSGD_VECTOR int any_unserved(vfloat y, const table32 *table)
+{
+    const __m512i bits = (__m512i)y, from = _mm512_sub_epi32(bits, _mm512_set1_epi32(0x00800000));
+    (void)table;
+    return _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(bits, bits), from,
+                                        _mm512_set1_epi32(LPSGD_ORDINARY)) != 0;
+}
+
+LPSGD_VECTOR vfloat from_float16(vhalf h)
+{
+    return _mm512_cvtph_ps((__m256i)h);
+}
+
+LPSGD_VECTOR vhalf to_float16(vfloat x)
+{
+    return (vhalf)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 #include "lpsgd_cpu_kernel.h"
 #else
 typedef int lpsgd_no_avx512;

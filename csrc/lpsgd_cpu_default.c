@@ -4,5 +4,72 @@
  * the right bits, slowly.
  */
 #define LPSGD_KERNEL lpsgd_kernel_default
+#define LPSGD_LANES 4
 #define LPSGD_TARGET
+#include "lpsgd_cpu_vector.h"
+
+LPSGD_VECTOR vfloat fma_each(vfloat a, vfloat b, vfloat c)
+{
+    vfloat result;
+    for (int i = 0; i < lanes; i++)
+        result[i] = LPSGD_FMAF(a[i], b[i], c[i]);
+    return result;
+}
+
+typedef const float *table8;
+typedef const float *table32;
+
+LPSGD_VECTOR table8 table8_of(const float *from)
+{
+    return from;
+}
+
+LPSGD_VECTOR vfloat look_up8(table8 table, vint i)
+{
+    vfloat result;
+    for (int j = 0; j < lanes; j++)
+        result[j] = table[i[j] & 7];
+    return result;
+}
+
+LPSGD_VECTOR table32 table32_of(const float *from, float least)
+{
+    (void)least;
+    return from;
+}
+
+LPSGD_VECTOR vfloat look_up32(const table32 *table, vint i, int careful)
+{
+    (void)careful;
+    vfloat result;
+    for (int j = 0; j < lanes; j++)
+        result[j] = (*table)[i[j]];
+    return result;
+}
+
+LPSGD_VECTOR int any_unserved(vfloat y, const table32 *table)
+{
+    int found = 0;
+    (void)table;
+    for (int i = 0; i < lanes; i++)
+        found |= lpsgd_extraordinary(y[i]) >= LPSGD_ORDINARY && y[i] != 0.0f;
+    return found;
+}
+
+LPSGD_VECTOR vfloat from_float16(vhalf h)
+{
+    vfloat result;
+    for (int i = 0; i < lanes; i++)
+        result[i] = lpsgd_from_float16(h[i]);
+    return result;
+}
+
+LPSGD_VECTOR vhalf to_float16(vfloat x)
+{
+    vhalf result;
+    for (int i = 0; i < lanes; i++)
+        result[i] = lpsgd_to_float16(x[i]);
+    return result;
+}
+
 #include "lpsgd_cpu_kernel.h"

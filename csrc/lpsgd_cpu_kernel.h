@@ -2,236 +2,269 @@
  *
  * lpsgd_cpu_kernel.h: one step over one buffer, for one instruction set.
  *
- * An include template: lpsgd_cpu_<name>.c defines LPSGD_KERNEL, the function's name, and
- * LPSGD_TARGET, its instruction set as a function attribute, and includes this file. The compiler
- * vectorizes; every loop below is elementwise, so the vectors' width cannot change a bit.
+ * An include template: lpsgd_cpu_<name>.c defines LPSGD_KERNEL, the function's name, LPSGD_TARGET, its
+ * instruction set as a function attribute, and vectors (lpsgd_cpu_vector.h), and includes this file.
+ * Every operation is elementwise, so the vectors' width cannot change a bit.
  *
- * The power runs in three stages over a block that stays in the L1 cache: one fused loop needs more
- * registers than AVX2 has and takes 1.6 times as long. bfloat16 and float16 blocks are converted to
- * float32, stepped and converted back.
+ * One loop does it all, a vector at a time. A vector that has an element out of the ordinary, for
+ * whose power the tables do not serve, leaves the loop, and lpsgd_direction steps that element.
  */
-#include "lpsgd_internal.h"
 
-#include <stddef.h>
+/* What distinguishes the loops: constants in each of them. */
+typedef struct form {
+    lpsgd_dtype dtype, momentum_dtype; /* of param and grad, of momentum_buffer */
+    int has_momentum, stochastic;
+    lpsgd_rule rule;
+} form;
 
-/* `chunk` divides `block`: prefetches are issued once a chunk, for the same place one block on. */
-enum { block = 512, chunk = 64, cache_line = 64 };
+/* The step's scalars in vectors. */
+typedef struct vscalars {
+    vfloat momentum, one_minus_momentum, grad_factor, decay, step_size, eps, series[5];
+    table8 fine, reciprocal, root;
+    table32 coarse;
+} vscalars;
 
-#define LPSGD_SCRATCH __attribute__((aligned(64)))
+/* A vector's place in the buffer. */
+typedef struct place {
+    char *param;
+    const char *grad;
+    char *momentum_buffer;
+    uint64_t index; /* of its first element in the whole parameter */
+} place;
 
-LPSGD_INLINE void prefetch(const float *next, int write)
+LPSGD_VECTOR vscalars vscalars_of(const lpsgd_scalars *k)
 {
-    for (int i = 0; i < chunk; i += cache_line / (int)sizeof *next)
-        if (write)
-            __builtin_prefetch(next + i, 1);
-        else
-            __builtin_prefetch(next + i, 0);
+    const lpsgd_power_tables *power = &k->power;
+    vscalars s = {
+        .momentum = splat(k->momentum),
+        .one_minus_momentum = splat(k->one_minus_momentum),
+        .grad_factor = splat(k->grad_factor),
+        .decay = splat(k->decay),
+        .step_size = splat(k->step_size),
+        .eps = splat(k->eps),
+        .fine = table8_of(power->fine),
+        .reciprocal = table8_of(power->reciprocal),
+        .root = table8_of(power->root),
+        .coarse = table32_of(power->coarse, k->eps),
+    };
+    for (int i = 0; i < 5; i++)
+        s.series[i] = splat(power->series[i]);
+    return s;
 }
 
-/* x of element i: what u is a function of. Moves momentum_buffer, which is looked at for LPSGDM
- * alone. */
-LPSGD_INLINE float next_x(const float *restrict grad, float *restrict momentum_buffer, int i,
-                          int has_momentum, const lpsgd_scalars *k)
+/* lpsgd_ordinary_power, with the entry of `coarse`. */
+LPSGD_VECTOR vfloat power(vfloat y, int careful, const vscalars *s)
 {
-    const float g = lpsgd_grad(grad[i], k);
-    return has_momentum ? (momentum_buffer[i] = lpsgd_momentum(momentum_buffer[i], g, k)) : g;
+    const vint bits = (vint)y;
+    const vfloat *c = s->series, root = look_up8(s->root, bits >> 20);
+    const vfloat m = (vfloat)((bits & 0x007fffff) | 0x3f800000);
+    const vfloat r = fma_each(m, look_up8(s->reciprocal, bits >> 20), splat(-1.0f));
+    vfloat series = c[4];
+    series = fma_each(series, r, c[3]);
+    series = fma_each(series, r, c[2]);
+    series = fma_each(series, r, c[1]);
+    series = fma_each(series, r, c[0]);
+    return look_up32(&s->coarse, bits >> 26, careful) * look_up8(s->fine, bits >> 23) *
+           fma_each(series * r, root, root);
 }
 
-/* Every rule but the power, in one loop. */
-LPSGD_INLINE void step_block_plain(float *restrict param, const float *restrict grad,
-                                   float *restrict momentum_buffer, int n, int has_momentum,
-                                   lpsgd_rule rule, const lpsgd_scalars *k)
+/* u, as lpsgd_direction has it. */
+LPSGD_VECTOR vfloat direction(vfloat x, vfloat y, lpsgd_rule rule, int careful,
+                              const vscalars *s)
 {
-    for (int i = 0; i < n; i++) {
-        const float x = next_x(grad, momentum_buffer, i, has_momentum, k);
-        if (rule != LPSGD_RULE_REST)
-            param[i] = lpsgd_apply(param[i], lpsgd_direction(x, rule, k), k);
+    const vfloat zero = {0.0f};
+    switch (rule) {
+    case LPSGD_RULE_SGD:
+        return x + zero;
+    case LPSGD_RULE_SIGN:
+        return (vfloat)((vint)(x / y + zero) & (y != zero));
+    case LPSGD_RULE_POWER:
+        return fma_each(x, power(y, careful, s), zero);
+    case LPSGD_RULE_REST:
+        break;
     }
+    return zero;
 }
 
-/* Stages 2 and 3 of a chunk. Called with a constant n wherever possible, for straight loops. */
-LPSGD_INLINE void log2_stage(float *restrict z, const float *restrict e23, uint32_t *restrict n23,
-                             int n, const lpsgd_scalars *k)
+LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lpsgd_scalars *k)
 {
-    for (int i = 0; i < n; i++)
-        n23[i] = lpsgd_log2(z[i], e23[i], k, &z[i]);
+    for (int i = 0; i < lanes; i++)
+        if (lpsgd_extraordinary(y[i]) >= LPSGD_ORDINARY && y[i] != 0.0f)
+            u[i] = lpsgd_direction(x[i], LPSGD_RULE_POWER, k);
+    return u;
 }
 
-LPSGD_INLINE void exp2_stage(float *restrict param, const float *restrict x, const float *restrict f,
-                             const uint32_t *restrict n23, int n, const lpsgd_scalars *k)
+/* lpsgd_random for the elements from `index` on. */
+LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index)
 {
-    for (int i = 0; i < n; i++)
-        param[i] = lpsgd_apply(param[i], lpsgd_scale(x[i], lpsgd_exp2(f[i], n23[i])), k);
-}
-
-/* The power in three stages. They equal lpsgd_direction bit for bit for ordinary elements, and leave
- * the block to it where one is not. */
-LPSGD_INLINE void step_block_power(float *restrict param, const float *restrict grad,
-                                   float *restrict momentum_buffer, int n, int has_momentum,
-                                   const lpsgd_scalars *k)
-{
-    float z[block] LPSGD_SCRATCH, e23[block] LPSGD_SCRATCH, g[block] LPSGD_SCRATCH;
-    uint32_t n23[block] LPSGD_SCRATCH, worst = 0;
-    float *restrict x = has_momentum ? momentum_buffer : g;
-
-    for (int i = 0; i < n; i++) {
-        x[i] = next_x(grad, momentum_buffer, i, has_momentum, k);
-        const float y = fabsf(x[i]) + k->eps;
-        const uint32_t extraordinary = lpsgd_extraordinary(y);
-        worst = worst > extraordinary ? worst : extraordinary;
-        e23[i] = (float)lpsgd_split(y, &z[i]);
+    vuint low, high;
+    for (int i = 0; i < lanes; i++) {
+        low[i] = (uint32_t)(index + (uint64_t)i);
+        high[i] = (uint32_t)((index + (uint64_t)i) >> 32);
     }
-    if (worst >= LPSGD_ORDINARY) {
-        for (int i = 0; i < n; i++)
-            param[i] = lpsgd_apply(param[i], lpsgd_direction(x[i], LPSGD_RULE_POWER, k), k);
+    vuint x = low ^ (uint32_t)key;
+    x = (x ^ x >> 17) * 0xed5ad4bbu;
+    x ^= (uint32_t)(key >> 32) + high * 0x9e3779b9u;
+    x = (x ^ x >> 11) * 0xac4c1b51u;
+    x = (x ^ x >> 15) * 0x31848babu;
+    return x ^ x >> 14;
+}
+
+LPSGD_VECTOR vfloat load(const char *from, lpsgd_dtype dtype)
+{
+    if (dtype == LPSGD_FLOAT32)
+        return load_float(from);
+    const vhalf h = load_half(from);
+    return dtype == LPSGD_FLOAT16 ? from_float16(h)
+                                  : (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+/* lpsgd_to_bfloat16, or with `stochastic` lpsgd_to_bfloat16_stochastic. */
+LPSGD_VECTOR vhalf to_bfloat16(vfloat x, int stochastic, vuint random16)
+{
+    const vuint bits = (vuint)x, is_nan = (vuint)((bits & 0x7fffffffu) > 0x7f800000u);
+    const vuint half_up = stochastic ? random16 : 0x7fffu + (bits >> 16 & 1u);
+    const vuint rounded = (bits + half_up) >> 16;
+    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), vhalf);
+}
+
+LPSGD_VECTOR void store(char *to, vfloat x, lpsgd_dtype dtype, int stochastic, vuint random16)
+{
+    if (dtype == LPSGD_FLOAT32) {
+        memcpy(to, &x, sizeof x);
         return;
     }
-    for (int start = 0; start < n; start += chunk) {
-        prefetch(grad + block + start, 0);
-        if (has_momentum)
-            prefetch(momentum_buffer + block + start, 1);
-        if (n - start >= chunk)
-            log2_stage(z + start, e23 + start, n23 + start, chunk, k);
-        else
-            log2_stage(z + start, e23 + start, n23 + start, n - start, k);
+    vhalf h;
+    if (dtype == LPSGD_BFLOAT16)
+        h = to_bfloat16(x, stochastic, random16);
+    else {
+        h = to_float16(x);
+        const vhalf is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
+        h = (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
     }
-    for (int start = 0; start < n; start += chunk) {
-        prefetch(param + block + start, 1);
-        if (n - start >= chunk)
-            exp2_stage(param + start, x + start, z + start, n23 + start, chunk, k);
-        else
-            exp2_stage(param + start, x + start, z + start, n23 + start, n - start, k);
-    }
+    memcpy(to, &h, sizeof h);
 }
 
-LPSGD_INLINE void step_block(float *restrict param, const float *restrict grad,
-                             float *restrict momentum_buffer, int n, int has_momentum,
+/* Steps a vector. Without `careful` returns whether one of its elements is out of the ordinary;
+ * then nothing has been written. */
+LPSGD_VECTOR int step_vector(place at, const form f, uint64_t key, int careful, const vscalars *s,
                              const lpsgd_scalars *k)
+{
+    vfloat x = s->grad_factor * load(at.grad, f.dtype);
+    if (f.has_momentum)
+        x = fma_each(s->one_minus_momentum, x,
+                     s->momentum * load(at.momentum_buffer, f.momentum_dtype));
+    const vfloat y = (vfloat)((vint)x & 0x7fffffff) + s->eps;
+    vfloat u = direction(x, y, f.rule, careful, s);
+    if (f.rule == LPSGD_RULE_POWER && !careful && __builtin_expect(any_unserved(y, &s->coarse), 0))
+        return 1;
+    if (f.rule == LPSGD_RULE_POWER && careful)
+        u = replace_extraordinary(u, x, y, k);
+    const vuint random = f.stochastic ? random_each(key, at.index) : (vuint){0};
+    if (f.has_momentum)
+        store(at.momentum_buffer, x, f.momentum_dtype, f.stochastic, random >> 16);
+    if (f.rule != LPSGD_RULE_REST)
+        store(at.param, fma_each(s->step_size, u, s->decay * load(at.param, f.dtype)), f.dtype,
+              f.stochastic, random & 0xffffu);
+    return 0;
+}
+
+LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
+{
+    const int64_t size = f.dtype == LPSGD_FLOAT32 ? 4 : 2;
+    const int64_t momentum_size = f.momentum_dtype == LPSGD_FLOAT32 ? 4 : 2;
+    return (place){
+        .param = (char *)buffer->param + i * size,
+        .grad = (const char *)buffer->grad + i * size,
+        .momentum_buffer =
+            f.has_momentum ? (char *)buffer->momentum_buffer + i * momentum_size : NULL,
+        .index = buffer->index + (uint64_t)i,
+    };
+}
+
+LPSGD_VECTOR void prefetch(place at, const form f)
+{
+    const int distance = 1024;
+    __builtin_prefetch(at.grad + distance);
+    __builtin_prefetch(at.param + distance, 1);
+    if (f.has_momentum)
+        __builtin_prefetch(at.momentum_buffer + distance, 1);
+}
+
+/* The last elements, fewer than a vector, by way of a whole one. */
+LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const vscalars *s,
+                            const lpsgd_scalars *k)
+{
+    char param[4 * lanes] = {0}, grad[4 * lanes] = {0}, momentum_buffer[4 * lanes] = {0};
+    const size_t bytes = (size_t)n * (f.dtype == LPSGD_FLOAT32 ? 4 : 2);
+    const size_t momentum_bytes = (size_t)n * (f.momentum_dtype == LPSGD_FLOAT32 ? 4 : 2);
+    memcpy(param, at.param, bytes);
+    memcpy(grad, at.grad, bytes);
+    if (f.has_momentum)
+        memcpy(momentum_buffer, at.momentum_buffer, momentum_bytes);
+    step_vector((place){param, grad, momentum_buffer, at.index}, f, key, 1, s, k);
+    if (f.rule != LPSGD_RULE_REST)
+        memcpy(at.param, param, bytes);
+    if (f.has_momentum)
+        memcpy(at.momentum_buffer, momentum_buffer, momentum_bytes);
+}
+
+LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_scalars *k)
+{
+    const lpsgd_buffer copy = *list, *const buffer = &copy; /* which no store changes */
+    const vscalars s = vscalars_of(k);
+    const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
+    int64_t i = 0;
+    while (i + lanes <= buffer->numel) {
+        for (; i + lanes <= buffer->numel; i += lanes) {
+            const place at = place_of(buffer, i, f);
+            prefetch(at, f);
+            if (step_vector(at, f, key, 0, &s, k))
+                break;
+        }
+        if (i + lanes <= buffer->numel) {
+            step_vector(place_of(buffer, i, f), f, key, 1, &s, k);
+            i += lanes;
+        }
+    }
+    if (i < buffer->numel)
+        step_rest(place_of(buffer, i, f), (int)(buffer->numel - i), f, key, &s, k);
+}
+
+LPSGD_VECTOR void step_rule(const lpsgd_buffer *buffer, form f, const lpsgd_scalars *k)
 {
     switch (k->rule) {
     case LPSGD_RULE_POWER:
-        step_block_power(param, grad, momentum_buffer, n, has_momentum, k);
+        f.rule = LPSGD_RULE_POWER;
+        step_all(buffer, f, k);
         break;
     case LPSGD_RULE_SIGN:
-        step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_SIGN, k);
+        f.rule = LPSGD_RULE_SIGN;
+        step_all(buffer, f, k);
         break;
     case LPSGD_RULE_SGD:
-        step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_SGD, k);
+        f.rule = LPSGD_RULE_SGD;
+        step_all(buffer, f, k);
         break;
     case LPSGD_RULE_REST:
-        step_block_plain(param, grad, momentum_buffer, n, has_momentum, LPSGD_RULE_REST, k);
+        f.rule = LPSGD_RULE_REST;
+        step_all(buffer, f, k);
         break;
     }
 }
 
-LPSGD_TARGET static void step_float32(float *param, const float *grad, float *momentum_buffer,
-                                      int64_t numel, const lpsgd_scalars *k)
+LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype, int stochastic,
+                                const lpsgd_scalars *k)
 {
-    for (int64_t i = 0; i < numel; i += block) {
-        const int n = numel - i < block ? (int)(numel - i) : block;
-        if (momentum_buffer)
-            step_block(param + i, grad + i, momentum_buffer + i, n, 1, k);
-        else
-            step_block(param + i, grad + i, NULL, n, 0, k);
-    }
+    if (!buffer->momentum_buffer)
+        step_rule(buffer, (form){dtype, dtype, 0, stochastic, 0}, k);
+    else if (dtype != LPSGD_FLOAT32 && k->momentum_float32)
+        step_rule(buffer, (form){dtype, LPSGD_FLOAT32, 1, stochastic, 0}, k);
+    else
+        step_rule(buffer, (form){dtype, dtype, 1, stochastic, 0}, k);
 }
 
-#ifdef LPSGD_F16C
-#include <immintrin.h>
-
-/* float16 by the instructions for it: as many elements, from the first on, as fill vectors of eight.
- * Returns their number. The bits are those of lpsgd_from_float16, except that a signaling NaN becomes
- * quiet, as in any arithmetic, and those of lpsgd_to_float16. */
-LPSGD_TARGET static inline int load_float16(float *restrict to, const uint16_t *restrict from, int n)
-{
-    int i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-    return i;
-}
-
-LPSGD_TARGET static inline int store_float16(uint16_t *restrict to, const float *restrict from, int n)
-{
-    const __m128i infinity = _mm_set1_epi16(0x7c00), quiet_nan = _mm_set1_epi16(0x7e00);
-    const __m128i sign = _mm_set1_epi16((short)0x8000);
-    int i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-        const __m128i is_nan = _mm_cmpgt_epi16(_mm_andnot_si128(sign, h), infinity);
-        const __m128i nan = _mm_or_si128(_mm_and_si128(h, sign), quiet_nan);
-        _mm_storeu_si128((__m128i *)(to + i), _mm_blendv_epi8(h, nan, is_nan));
-    }
-    return i;
-}
-#else
-static inline int load_float16(float *to, const uint16_t *from, int n)
-{
-    (void)to, (void)from, (void)n;
-    return 0;
-}
-
-static inline int store_float16(uint16_t *to, const float *from, int n)
-{
-    (void)to, (void)from, (void)n;
-    return 0;
-}
-#endif
-
-LPSGD_INLINE void load_half(float *restrict to, const uint16_t *restrict from, int n,
-                            lpsgd_dtype dtype)
-{
-    for (int i = dtype == LPSGD_FLOAT16 ? load_float16(to, from, n) : 0; i < n; i++)
-        to[i] = dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(from[i]) : lpsgd_from_float16(from[i]);
-}
-
-LPSGD_INLINE void store_half(uint16_t *restrict to, const float *restrict from, int n,
-                             lpsgd_dtype dtype)
-{
-    for (int i = dtype == LPSGD_FLOAT16 ? store_float16(to, from, n) : 0; i < n; i++)
-        to[i] = dtype == LPSGD_BFLOAT16 ? lpsgd_to_bfloat16(from[i]) : lpsgd_to_float16(from[i]);
-}
-
-/* Each element's 32 random bits round param by the lower and momentum_buffer by the upper half. */
-LPSGD_INLINE void store_stochastic(uint16_t *restrict to, const float *restrict from, int n,
-                                   uint64_t key, uint64_t index, int shift)
-{
-    for (int i = 0; i < n; i++)
-        to[i] = lpsgd_to_bfloat16_stochastic(
-            from[i], lpsgd_random(key, index + (uint64_t)i) >> shift & 0xffffu);
-}
-
-LPSGD_INLINE void step_half(const lpsgd_buffer *buffer, lpsgd_dtype dtype, const lpsgd_scalars *k)
-{
-    float x[block] LPSGD_SCRATCH, g[block] LPSGD_SCRATCH, converted[block] LPSGD_SCRATCH;
-    uint16_t *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
-    const uint16_t *grad = buffer->grad;
-    const int converts = momentum_buffer && !k->momentum_float32;
-    const int stochastic = dtype == LPSGD_BFLOAT16 && k->stochastic_rounding;
-    const int moves = k->rule != LPSGD_RULE_REST;
-    const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
-    for (int64_t i = 0; i < buffer->numel; i += block) {
-        const int n = buffer->numel - i < block ? (int)(buffer->numel - i) : block;
-        const uint64_t index = buffer->index + (uint64_t)i;
-        float *m = NULL;
-        load_half(x, param + i, n, dtype);
-        load_half(g, grad + i, n, dtype);
-        if (converts)
-            load_half(m = converted, momentum_buffer + i, n, dtype);
-        else if (momentum_buffer)
-            m = (float *)buffer->momentum_buffer + i;
-        step_float32(x, g, m, n, k);
-        if (moves && stochastic)
-            store_stochastic(param + i, x, n, key, index, 0);
-        else if (moves)
-            store_half(param + i, x, n, dtype);
-        if (converts && stochastic)
-            store_stochastic(momentum_buffer + i, m, n, key, index, 16);
-        else if (converts)
-            store_half(momentum_buffer + i, m, n, dtype);
-    }
-}
-
-LPSGD_INLINE void step_float64(double *restrict param, const double *restrict grad,
+LPSGD_TARGET static inline void step_float64(double *restrict param, const double *restrict grad,
                                double *restrict momentum_buffer, int64_t numel, lpsgd_rule rule,
                                const lpsgd_scalars *k)
 {
@@ -250,13 +283,16 @@ LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
     void *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
     switch (dtype) {
     case LPSGD_FLOAT32:
-        step_float32(param, buffer->grad, momentum_buffer, buffer->numel, k);
+        step_momentum(buffer, LPSGD_FLOAT32, 0, k);
         break;
     case LPSGD_BFLOAT16:
-        step_half(buffer, LPSGD_BFLOAT16, k);
+        if (k->stochastic_rounding)
+            step_momentum(buffer, LPSGD_BFLOAT16, 1, k);
+        else
+            step_momentum(buffer, LPSGD_BFLOAT16, 0, k);
         break;
     case LPSGD_FLOAT16:
-        step_half(buffer, LPSGD_FLOAT16, k);
+        step_momentum(buffer, LPSGD_FLOAT16, 0, k);
         break;
     case LPSGD_FLOAT64:
         if (k->rule == LPSGD_RULE_SGD)

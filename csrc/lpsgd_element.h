@@ -5,9 +5,8 @@
  * Contract of bits (lpsgd.h): only + - * /, fused multiply-add, comparisons and integer operations,
  * in the order written here. Compile with contraction off (-ffp-contract=off, -fmad=false).
  *
- * (|x| + eps)^-rho is computed as 2^(-rho * log2(y)) in three stages that a driver may run one
- * after the other over a block: split, log2, exp2. Within 2 ulp: worst seen 1.85
- * (tests/csrc/test_accuracy.c).
+ * (|x| + eps)^-rho is a product of three entries of tables, which are made anew for every step, and of
+ * a polynomial of degree 5. Within 4 ulp (tests/csrc/test_accuracy.c).
  */
 #ifndef LPSGD_ELEMENT_H
 #define LPSGD_ELEMENT_H
@@ -36,7 +35,16 @@ typedef enum lpsgd_rule {
     LPSGD_RULE_REST /* lr = 0: param is not written, so that even a NaN keeps its bits */
 } lpsgd_rule;
 
-enum { LPSGD_LOG2_DEGREE = 8 };
+/* y^-rho for y = 2^e * m, 1 <= m < 2 (lpsgd_power). The upper five bits of e + 127 choose from `coarse`,
+ * the lower three from `fine`, and the upper three bits after m's point from the other two. */
+typedef struct lpsgd_power_tables {
+    float coarse[32];    /* 2^(-rho (8 i - 127)) */
+    float fine[8];       /* 2^(-rho i) */
+    float reciprocal[8]; /* of the middle of an eighth of [1, 2) */
+    float root[8];       /* reciprocal^rho */
+    float series[5];     /* (1 + r)^-rho = 1 + r (series[0] + r (series[1] + ...)), |r| < 1/16 */
+    float subnormal[4];  /* coarse for e + 127 - 24, times 2^-24 */
+} lpsgd_power_tables;
 
 /* The hyper-parameters of one step, folded once in double by lpsgd_fold_values. */
 typedef struct lpsgd_scalars {
@@ -47,10 +55,7 @@ typedef struct lpsgd_scalars {
     float decay;       /* 1 - lr * weight_decay */
     float step_size;   /* -lr * pivot^(-1 / (p - 1)) <= 0 */
     float eps;
-    /* -rho = head + rest, head of 16 bits, so that head * exponent is exact; both times 2^-23,
-     * because the exponent arrives as an integer shifted left by 23. */
-    float head, rest;
-    float log2[LPSGD_LOG2_DEGREE + 1]; /* -rho times the coefficients of log2(1 + z) */
+    lpsgd_power_tables power;
     /* The same in double, for float64. */
     double momentum64, one_minus_momentum64, grad_factor64, decay64, step_size64, eps64, rho64;
     int momentum_float32;
@@ -94,15 +99,65 @@ LPSGD_INLINE uint64_t lpsgd_key(uint64_t key, uint64_t number)
     return lpsgd_mix(key + 0x9e3779b97f4a7c15u * (number + 1));
 }
 
+/* 2^x for -1 <= x <= 0, by Taylor's series about -1/2. */
+LPSGD_INLINE double lpsgd_exp2_of(double x)
+{
+    const double coefficient[] = {
+        1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+        1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2,     1.0,
+    };
+    const double t = (x + 0.5) * 0.69314718055994530942;
+    double series = coefficient[0];
+    for (int i = 1; i < 12; i++)
+        series = series * t + coefficient[i];
+    return 0.70710678118654752440 * (series * t + 1.0);
+}
+
+LPSGD_INLINE void lpsgd_fold_power(double rho, lpsgd_power_tables *tables)
+{
+    const double reciprocal[8] = {
+        /* 16 / (17 + 2 i) in float */
+        0x1.e1e1e2p-1, 0x1.af286cp-1, 0x1.861862p-1, 0x1.642c86p-1,
+        0x1.47ae14p-1, 0x1.2f684cp-1, 0x1.1a7b96p-1, 0x1.08421p-1,
+    };
+    const double log2_reciprocal[8] = {
+        -0.087462835875881578802, -0.24792750269466985491, -0.39231739590647134185,
+        -0.52356192918472392525,  -0.6438562220214720929,  -0.75488749141455290548,
+        -0.85798100050202997019,  -0.95419635338253856519,
+    };
+    const double octave = lpsgd_exp2_of(-rho); /* y^-rho at y = 2 */
+    const double square = octave * octave, eighth_power = square * square * (square * square);
+    double fine = 1.0, up = octave, down = octave; /* 8 i - 127 is 1 at i = 16 */
+    for (int i = 0; i < 8; i++, fine *= octave) {
+        tables->fine[i] = (float)fine;
+        tables->reciprocal[i] = (float)reciprocal[i];
+        tables->root[i] = (float)lpsgd_exp2_of(rho * log2_reciprocal[i]);
+    }
+    for (int i = 16; i < 32; i++, up *= eighth_power)
+        tables->coarse[i] = (float)up;
+    for (int i = 15; i >= 0; i--)
+        tables->coarse[i] = (float)(down /= eighth_power);
+    for (int i = 3; i >= 0; i--, down /= eighth_power)
+        tables->subnormal[i] = (float)(down * 0x1p-24);
+    /* The binomial series up to r^7; r^6 and r^7 replaced by the Chebyshev polynomials' lower powers
+     * on |r| <= 1/17. */
+    double b[8];
+    b[0] = 1.0;
+    for (int i = 1; i < 8; i++)
+        b[i] = b[i - 1] * (-rho - (i - 1)) / i;
+    const double a = 1.0 / 17.0, a2 = a * a;
+    b[5] += b[7] * (7.0 / 4.0) * a2;
+    b[4] += b[6] * (3.0 / 2.0) * a2;
+    b[3] -= b[7] * (7.0 / 8.0) * a2 * a2;
+    b[2] -= b[6] * (9.0 / 16.0) * a2 * a2;
+    b[1] += b[7] * (7.0 / 64.0) * a2 * a2 * a2;
+    for (int i = 0; i < 5; i++)
+        tables->series[i] = (float)b[i + 1];
+}
+
 /* The scalars of a step with these values, which have been checked. */
 LPSGD_INLINE void lpsgd_fold_values(const lpsgd_hyper *hyper, lpsgd_scalars *k)
 {
-    /* log2(1 + z): minimax on [sqrt(1/2) - 1, sqrt(2) - 1], absolute error 2^-24.5. */
-    const double log2_coefficient[LPSGD_LOG2_DEGREE + 1] = {
-        4.004342720557683725e-8, 1.4426946873478279736,   -0.72136079519971322446,
-        0.48094521158582925949,  -0.36000595722490072668, 0.28657905936484055932,
-        -0.25061093785603813339, 0.23777395523308612983,  -0.14542252578901752504,
-    };
     const double rho = lpsgd_rho_of(hyper->p);
     const double unit = hyper->pivot == 1.0 ? 1.0 : pow(hyper->pivot, -1.0 / (hyper->p - 1.0));
     const float inverse_scale = (float)(1.0 / hyper->grad_scale);
@@ -125,11 +180,7 @@ LPSGD_INLINE void lpsgd_fold_values(const lpsgd_hyper *hyper, lpsgd_scalars *k)
     k->decay = (float)k->decay64;
     k->step_size = (float)k->step_size64;
     k->eps = (float)k->eps64;
-    const float head = lpsgd_float(lpsgd_bits((float)-rho) & ~0xff);
-    k->head = head * 0x1p-23f;
-    k->rest = (float)(-rho - (double)head) * 0x1p-23f;
-    for (int i = 0; i <= LPSGD_LOG2_DEGREE; i++)
-        k->log2[i] = (float)(-rho * log2_coefficient[i]);
+    lpsgd_fold_power(rho, &k->power);
     k->momentum_float32 = hyper->momentum_float32 != 0;
     k->stochastic_rounding = hyper->stochastic_rounding != 0;
     k->rounding_key = lpsgd_key(lpsgd_mix(hyper->seed), hyper->step);
@@ -153,51 +204,23 @@ LPSGD_INLINE float lpsgd_apply(float param, float u, const lpsgd_scalars *k)
     return LPSGD_FMAF(k->step_size, u, k->decay * param);
 }
 
-/* Stage 1: y = 2^(e23 / 2^23) * (1 + z) with 1 + z in [sqrt(1/2), sqrt(2)); y positive and normal. */
-LPSGD_INLINE int32_t lpsgd_split(float y, float *z)
+/* y^-rho for ordinary y (lpsgd_extraordinary), given the entry of `coarse` or what stands for it. */
+LPSGD_INLINE float lpsgd_ordinary_power(float y, float coarse, const lpsgd_power_tables *tables)
 {
-    const int32_t bits = lpsgd_bits(y), sqrt_half = 0x3f3504f3;
-    const int32_t e23 = (bits - sqrt_half) & (int32_t)0xff800000;
-    *z = lpsgd_float(bits - e23) - 1.0f;
-    return e23;
-}
-
-/* Stage 2: -rho * log2(y) = n + f with n an integer and |f| <= 1/2; returns n << 23 (modulo 2^32). */
-LPSGD_INLINE uint32_t lpsgd_log2(float z, float e23, const lpsgd_scalars *k, float *f)
-{
-    const float *c = k->log2;
-    const float round_to_integer = 0x1.8p23f;
-    float poly = c[8];
-    poly = LPSGD_FMAF(poly, z, c[7]);
-    poly = LPSGD_FMAF(poly, z, c[6]);
-    poly = LPSGD_FMAF(poly, z, c[5]);
-    poly = LPSGD_FMAF(poly, z, c[4]);
-    poly = LPSGD_FMAF(poly, z, c[3]);
-    poly = LPSGD_FMAF(poly, z, c[2]);
-    poly = LPSGD_FMAF(poly, z, c[1]);
-    const float t = LPSGD_FMAF(poly, z, LPSGD_FMAF(e23, k->rest, c[0]));
-    const float shifted = LPSGD_FMAF(e23, k->head, t) + round_to_integer;
-    const float n = shifted - round_to_integer;
-    *f = LPSGD_FMAF(e23, k->head, -n) + t;
-    return (uint32_t)lpsgd_bits(shifted) << 23;
-}
-
-/* Stage 3: 2^(n + f), given n << 23. Minimax polynomial on [-1/2, 1/2], relative error 2^-28.5. */
-LPSGD_INLINE float lpsgd_exp2(float f, uint32_t n23)
-{
-    float poly = 1.5594677971951511e-4f;
-    poly = LPSGD_FMAF(poly, f, 1.3406643929025969e-3f);
-    poly = LPSGD_FMAF(poly, f, 9.6176929737622875e-3f);
-    poly = LPSGD_FMAF(poly, f, 5.5503105509232276e-2f);
-    poly = LPSGD_FMAF(poly, f, 2.4022652782877592e-1f);
-    poly = LPSGD_FMAF(poly, f, 6.9314721496807344e-1f);
-    poly = LPSGD_FMAF(poly, f, 1.0f);
-    return lpsgd_float((int32_t)((uint32_t)lpsgd_bits(poly) + n23));
+    const int32_t bits = lpsgd_bits(y), eighth = bits >> 20 & 7;
+    const float *c = tables->series, root = tables->root[eighth];
+    const float m = lpsgd_float((bits & 0x007fffff) | 0x3f800000);
+    const float r = LPSGD_FMAF(m, tables->reciprocal[eighth], -1.0f);
+    float series = c[4];
+    series = LPSGD_FMAF(series, r, c[3]);
+    series = LPSGD_FMAF(series, r, c[2]);
+    series = LPSGD_FMAF(series, r, c[1]);
+    series = LPSGD_FMAF(series, r, c[0]);
+    return coarse * tables->fine[bits >> 23 & 7] * LPSGD_FMAF(series * r, root, root);
 }
 
 /* Whether y needs the care of lpsgd_power: 2^-126 <= y < 2^125 answers a value below
- * LPSGD_ORDINARY; zero, subnormal, huge, infinite and NaN y answer one that is not. A driver takes
- * the maximum over a block and skips the care where it can. */
+ * LPSGD_ORDINARY; zero, subnormal, huge, infinite and NaN y answer one that is not. */
 #define LPSGD_ORDINARY 0x7d800000u
 LPSGD_INLINE uint32_t lpsgd_extraordinary(float y)
 {
@@ -206,25 +229,24 @@ LPSGD_INLINE uint32_t lpsgd_extraordinary(float y)
 
 /* y^-rho = w * before * after for every y >= 0, with w normal (or 0, for infinite y) although y^-rho
  * may lie outside the range of normal numbers. `before` scales x exactly, ahead of the product with
- * w; `after` scales the product. All are 1 and w has the bits of the three stages for ordinary y. */
+ * w; `after` scales the product. Both are 1 for ordinary y. */
 typedef struct lpsgd_scaled_power {
     float w, before, after;
 } lpsgd_scaled_power;
 
 LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_scalars *k)
 {
-    const int32_t bits = lpsgd_bits(y), scale23 = 24 << 23, small_power23 = -(100 << 23);
-    const int32_t tiny = bits < 0x00800000, huge = bits >= 0x7e000000;
+    const lpsgd_power_tables *tables = &k->power;
+    const int32_t tiny = lpsgd_bits(y) < 0x00800000;
+    const int32_t small_power = lpsgd_bits(y) >= 0x7e000000 && tables->coarse[31] < 0x1p-100f;
+    const float scale = tiny ? 0x1p24f : 1.0f, scaled = y * scale;
+    const int32_t i = lpsgd_bits(scaled) >> 26 & 31;
+    const float coarse = tiny ? tables->subnormal[i & 3]
+                         : small_power ? tables->coarse[i] * 0x1p24f : tables->coarse[i];
     lpsgd_scaled_power power;
-    float z, f;
-    power.before = tiny ? 0x1p24f : 1.0f;
-    const int32_t e23 = lpsgd_split(y * power.before, &z) - (tiny ? scale23 : 0);
-    const uint32_t n23 = lpsgd_log2(z, (float)e23, k, &f);
-    const int32_t subnormal = huge && (int32_t)n23 < small_power23;
-    power.after = subnormal ? 0x1p-24f : 1.0f;
-    const uint32_t shift = (uint32_t)((subnormal ? scale23 : 0) - (tiny ? scale23 : 0));
-    const float w = lpsgd_exp2(f, n23 + shift);
-    power.w = bits == 0x7f800000 ? 0.0f : w;
+    power.before = scale;
+    power.after = small_power ? 0x1p-24f : 1.0f;
+    power.w = isinf(y) ? 0.0f : lpsgd_ordinary_power(scaled, coarse, tables);
     return power;
 }
 
