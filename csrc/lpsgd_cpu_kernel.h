@@ -17,6 +17,18 @@ typedef struct form {
     lpsgd_rule rule;
 } form;
 
+/* The elements that are stepped at once, as float32. Where all that is read and written is bfloat16,
+ * which takes no more than a shift or a mask then, those of even number and those of odd number;
+ * else the first half and the second. */
+typedef struct pair {
+    vfloat part[2];
+} pair;
+
+enum {
+    batch = 2 * lanes,
+    low_part = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__, /* of a bfloat16 in the lower half of 32 bits */
+};
+
 /* The step's scalars in vectors. */
 typedef struct vscalars {
     vfloat momentum, one_minus_momentum, grad_factor, decay, step_size, eps, series[5];
@@ -64,8 +76,10 @@ LPSGD_VECTOR vfloat power(vfloat y, int careful, const vscalars *s)
     series = fma_each(series, r, c[2]);
     series = fma_each(series, r, c[1]);
     series = fma_each(series, r, c[0]);
-    return look_up32(&s->coarse, bits >> 26, careful) * look_up8(s->fine, bits >> 23) *
-           fma_each(series * r, root, root);
+    const vfloat coarse = look_up32(&s->coarse, bits >> 26, careful);
+    const vfloat fine = look_up8(s->fine, bits >> 23), octaves = coarse * fine;
+    const vfloat rest = fma_each(coarse, fine, -octaves), mantissa = fma_each(series * r, root, root);
+    return fma_each(octaves, mantissa, rest * mantissa);
 }
 
 /* u, as lpsgd_direction has it. */
@@ -88,19 +102,30 @@ LPSGD_VECTOR vfloat direction(vfloat x, vfloat y, lpsgd_rule rule, int careful,
 
 LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lpsgd_scalars *k)
 {
+    const vuint bits = (vuint)y;
+    const vint extraordinary = (bits - 0x00800000u >= LPSGD_ORDINARY) & (bits != 0);
+    int32_t any = 0;
     for (int i = 0; i < lanes; i++)
-        if (lpsgd_extraordinary(y[i]) >= LPSGD_ORDINARY && y[i] != 0.0f)
+        any |= extraordinary[i];
+    for (int i = 0; any && i < lanes; i++)
+        if (extraordinary[i])
             u[i] = lpsgd_direction(x[i], LPSGD_RULE_POWER, k);
     return u;
 }
 
-/* lpsgd_random for the elements from `index` on. */
-LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index)
+LPSGD_VECTOR int is_interleaved(const form f)
+{
+    return f.dtype == LPSGD_BFLOAT16 && f.momentum_dtype == LPSGD_BFLOAT16;
+}
+
+/* lpsgd_random for a part of the elements from `index` on. */
+LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index, int part, const form f)
 {
     vuint low, high;
     for (int i = 0; i < lanes; i++) {
-        low[i] = (uint32_t)(index + (uint64_t)i);
-        high[i] = (uint32_t)((index + (uint64_t)i) >> 32);
+        const int number = is_interleaved(f) ? 2 * i + part : part * lanes + i;
+        low[i] = (uint32_t)(index + (uint64_t)number);
+        high[i] = (uint32_t)((index + (uint64_t)number) >> 32);
     }
     vuint x = low ^ (uint32_t)key;
     x = (x ^ x >> 17) * 0xed5ad4bbu;
@@ -110,62 +135,101 @@ LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index)
     return x ^ x >> 14;
 }
 
-LPSGD_VECTOR vfloat load(const char *from, lpsgd_dtype dtype)
+LPSGD_VECTOR pair load(const char *from, lpsgd_dtype dtype, const form f)
 {
-    if (dtype == LPSGD_FLOAT32)
-        return load_float(from);
-    const vhalf h = load_half(from);
-    return dtype == LPSGD_FLOAT16 ? from_float16(h)
-                                  : (vfloat)(__builtin_convertvector(h, vuint) << 16);
+    pair x;
+    if (is_interleaved(f)) {
+        const vuint both = (vuint)load_float(from);
+        x.part[low_part] = (vfloat)(both << 16);
+        x.part[!low_part] = (vfloat)(both & 0xffff0000u);
+        return x;
+    }
+    for (int i = 0; i < 2; i++) {
+        if (dtype == LPSGD_FLOAT32) {
+            x.part[i] = load_float(from + i * (int)sizeof(vfloat));
+            continue;
+        }
+        vhalf h;
+        memcpy(&h, from + i * (int)sizeof h, sizeof h);
+        x.part[i] = dtype == LPSGD_FLOAT16
+                        ? from_float16(h)
+                        : (vfloat)(__builtin_convertvector(h, vuint) << 16);
+    }
+    return x;
 }
 
-/* lpsgd_to_bfloat16, or with `stochastic` lpsgd_to_bfloat16_stochastic. */
-LPSGD_VECTOR vhalf to_bfloat16(vfloat x, int stochastic, vuint random16)
+/* The upper 16 bits are those of lpsgd_to_bfloat16, or with `stochastic` of
+ * lpsgd_to_bfloat16_stochastic. */
+LPSGD_VECTOR vuint round_to_bfloat16(vfloat x, int stochastic, vuint random16)
 {
-    const vuint bits = (vuint)x, is_nan = (vuint)((bits & 0x7fffffffu) > 0x7f800000u);
-    const vuint half_up = stochastic ? random16 : 0x7fffu + (bits >> 16 & 1u);
-    const vuint rounded = (bits + half_up) >> 16;
-    return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), vhalf);
+    const vuint bits = (vuint)x, is_nan = (vuint)(x != x);
+    const vuint rounded = bits + (stochastic ? random16 : 0x7fffu + (bits >> 16 & 1u));
+    return (rounded & ~is_nan) | (0x7fc00000u & is_nan);
 }
 
-LPSGD_VECTOR void store(char *to, vfloat x, lpsgd_dtype dtype, int stochastic, vuint random16)
+/* `random`, of a bfloat16, is shifted right by `shift`. */
+LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[2], int shift,
+                        const form f)
 {
-    if (dtype == LPSGD_FLOAT32) {
-        memcpy(to, &x, sizeof x);
+    vuint rounded[2];
+    for (int i = 0; i < 2 && dtype == LPSGD_BFLOAT16; i++)
+        rounded[i] = round_to_bfloat16(x.part[i], f.stochastic, random[i] >> shift & 0xffffu);
+    if (is_interleaved(f)) {
+        const vuint both = rounded[low_part] >> 16 | (rounded[!low_part] & 0xffff0000u);
+        memcpy(to, &both, sizeof both);
         return;
     }
-    vhalf h;
-    if (dtype == LPSGD_BFLOAT16)
-        h = to_bfloat16(x, stochastic, random16);
-    else {
-        h = to_float16(x);
-        const vhalf is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
-        h = (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
+    for (int i = 0; i < 2; i++) {
+        vhalf h;
+        if (dtype == LPSGD_FLOAT32) {
+            memcpy(to + i * (int)sizeof(vfloat), &x.part[i], sizeof(vfloat));
+            continue;
+        }
+        if (dtype == LPSGD_BFLOAT16)
+            h = __builtin_convertvector(rounded[i] >> 16, vhalf);
+        else {
+            h = to_float16(x.part[i]);
+            const vhalf is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
+            h = (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
+        }
+        memcpy(to + i * (int)sizeof h, &h, sizeof h);
     }
-    memcpy(to, &h, sizeof h);
 }
 
-/* Steps a vector. Without `careful` returns whether one of its elements is out of the ordinary;
- * then nothing has been written. */
-LPSGD_VECTOR int step_vector(place at, const form f, uint64_t key, int careful, const vscalars *s,
-                             const lpsgd_scalars *k)
+/* Steps a batch. Without `careful` returns whether one of its elements is out of the ordinary; then
+ * nothing has been written. */
+LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, const vscalars *s,
+                            const lpsgd_scalars *k)
 {
-    vfloat x = s->grad_factor * load(at.grad, f.dtype);
+    pair x = load(at.grad, f.dtype, f), m, param, u;
+    vfloat y[2];
+    vuint random[2] = {{0}, {0}};
     if (f.has_momentum)
-        x = fma_each(s->one_minus_momentum, x,
-                     s->momentum * load(at.momentum_buffer, f.momentum_dtype));
-    const vfloat y = (vfloat)((vint)x & 0x7fffffff) + s->eps;
-    vfloat u = direction(x, y, f.rule, careful, s);
-    if (f.rule == LPSGD_RULE_POWER && !careful && __builtin_expect(any_unserved(y, &s->coarse), 0))
-        return 1;
-    if (f.rule == LPSGD_RULE_POWER && careful)
-        u = replace_extraordinary(u, x, y, k);
-    const vuint random = f.stochastic ? random_each(key, at.index) : (vuint){0};
+        m = load(at.momentum_buffer, f.momentum_dtype, f);
+    for (int i = 0; i < 2; i++) {
+        x.part[i] *= s->grad_factor;
+        if (f.has_momentum)
+            x.part[i] = fma_each(s->one_minus_momentum, x.part[i], s->momentum * m.part[i]);
+        y[i] = (vfloat)((vint)x.part[i] & 0x7fffffff) + s->eps;
+        if (f.rule == LPSGD_RULE_POWER && !careful &&
+            __builtin_expect(any_unserved(y[i], &s->coarse), 0))
+            return 1;
+    }
+    for (int i = 0; i < 2; i++) {
+        u.part[i] = direction(x.part[i], y[i], f.rule, careful, s);
+        if (f.rule == LPSGD_RULE_POWER && careful)
+            u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
+        if (f.stochastic)
+            random[i] = random_each(key, at.index, i, f);
+    }
     if (f.has_momentum)
-        store(at.momentum_buffer, x, f.momentum_dtype, f.stochastic, random >> 16);
-    if (f.rule != LPSGD_RULE_REST)
-        store(at.param, fma_each(s->step_size, u, s->decay * load(at.param, f.dtype)), f.dtype,
-              f.stochastic, random & 0xffffu);
+        store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
+    if (f.rule == LPSGD_RULE_REST)
+        return 0;
+    param = load(at.param, f.dtype, f);
+    for (int i = 0; i < 2; i++)
+        param.part[i] = fma_each(s->step_size, u.part[i], s->decay * param.part[i]);
+    store(at.param, param, f.dtype, random, 0, f);
     return 0;
 }
 
@@ -191,18 +255,18 @@ LPSGD_VECTOR void prefetch(place at, const form f)
         __builtin_prefetch(at.momentum_buffer + distance, 1);
 }
 
-/* The last elements, fewer than a vector, by way of a whole one. */
+/* The last elements, fewer than a batch, by way of a whole one. */
 LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const vscalars *s,
                             const lpsgd_scalars *k)
 {
-    char param[4 * lanes] = {0}, grad[4 * lanes] = {0}, momentum_buffer[4 * lanes] = {0};
+    char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
     const size_t bytes = (size_t)n * (f.dtype == LPSGD_FLOAT32 ? 4 : 2);
     const size_t momentum_bytes = (size_t)n * (f.momentum_dtype == LPSGD_FLOAT32 ? 4 : 2);
     memcpy(param, at.param, bytes);
     memcpy(grad, at.grad, bytes);
     if (f.has_momentum)
         memcpy(momentum_buffer, at.momentum_buffer, momentum_bytes);
-    step_vector((place){param, grad, momentum_buffer, at.index}, f, key, 1, s, k);
+    step_batch((place){param, grad, momentum_buffer, at.index}, f, key, 1, s, k);
     if (f.rule != LPSGD_RULE_REST)
         memcpy(at.param, param, bytes);
     if (f.has_momentum)
@@ -215,16 +279,16 @@ LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_s
     const vscalars s = vscalars_of(k);
     const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
     int64_t i = 0;
-    while (i + lanes <= buffer->numel) {
-        for (; i + lanes <= buffer->numel; i += lanes) {
+    while (i + batch <= buffer->numel) {
+        for (; i + batch <= buffer->numel; i += batch) {
             const place at = place_of(buffer, i, f);
             prefetch(at, f);
-            if (step_vector(at, f, key, 0, &s, k))
+            if (step_batch(at, f, key, 0, &s, k))
                 break;
         }
-        if (i + lanes <= buffer->numel) {
-            step_vector(place_of(buffer, i, f), f, key, 1, &s, k);
-            i += lanes;
+        if (i + batch <= buffer->numel) {
+            step_batch(place_of(buffer, i, f), f, key, 1, &s, k);
+            i += batch;
         }
     }
     if (i < buffer->numel)

@@ -27,10 +27,3 @@ LPSGD_VECTOR vfloat load_float(const void *from)
     memcpy(&x, from, sizeof x);
     return x;
 }
-
-LPSGD_VECTOR vhalf load_half(const void *from)
-{
-    vhalf x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}

@@ -216,7 +216,10 @@ LPSGD_INLINE float lpsgd_ordinary_power(float y, float coarse, const lpsgd_power
     series = LPSGD_FMAF(series, r, c[2]);
     series = LPSGD_FMAF(series, r, c[1]);
     series = LPSGD_FMAF(series, r, c[0]);
-    return coarse * tables->fine[bits >> 23 & 7] * LPSGD_FMAF(series * r, root, root);
+    const float fine = tables->fine[bits >> 23 & 7], octaves = coarse * fine;
+    const float rest = LPSGD_FMAF(coarse, fine, -octaves); /* what rounding took from the product */
+    const float mantissa = LPSGD_FMAF(series * r, root, root);
+    return LPSGD_FMAF(octaves, mantissa, rest * mantissa);
 }
 
 /* Whether y needs the care of lpsgd_power: 2^-126 <= y < 2^125 answers a value below
