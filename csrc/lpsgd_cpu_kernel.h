@@ -246,15 +246,6 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
     };
 }
 
-LPSGD_VECTOR void prefetch(place at, const form f)
-{
-    const int distance = 1024;
-    __builtin_prefetch(at.grad + distance);
-    __builtin_prefetch(at.param + distance, 1);
-    if (f.has_momentum)
-        __builtin_prefetch(at.momentum_buffer + distance, 1);
-}
-
 /* The last elements, fewer than a batch, by way of a whole one. */
 LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const vscalars *s,
                             const lpsgd_scalars *k)
@@ -280,12 +271,8 @@ LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_s
     const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
     int64_t i = 0;
     while (i + batch <= buffer->numel) {
-        for (; i + batch <= buffer->numel; i += batch) {
-            const place at = place_of(buffer, i, f);
-            prefetch(at, f);
-            if (step_batch(at, f, key, 0, &s, k))
-                break;
-        }
+        while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, key, 0, &s, k))
+            i += batch;
         if (i + batch <= buffer->numel) {
             step_batch(place_of(buffer, i, f), f, key, 1, &s, k);
             i += batch;
