@@ -27,7 +27,7 @@
  *
  * The contract of bits. For float32, bfloat16 and float16 (computed in float32, one rounding on
  * store) the same inputs give the same bits on every instruction set, for every number of threads
- * and for every way of cutting a buffer in pieces; (|m| + eps)^-rho is within 2 ulp. Two things lie
+ * and for every way of cutting a buffer in pieces; (|m| + eps)^-rho is within 4 ulp. Two things lie
  * outside it: the sign and payload of a NaN, and the last bit of c where pivot is not 1, for which
  * the C library's pow() is called once per step. float64 uses pow() for every element: within 2 ulp,
  * bits as the C library's. The contract needs the default floating-point environment (round to
