@@ -91,8 +91,8 @@ def _is_of_a_schedule(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__name__", "") in ("_p_before_step", "_p_after_step", "_p_note_step")
 
 
-# A schedule that moves this many times its total_iters was hardly meant to: a batch was taken for an
-# epoch. Small enough to be seen in the first epochs, and too large for an end that comes early.
+# What moves this many times its total_iters was hardly meant to: batches were taken for epochs. Small
+# enough to be seen in the first epochs, too large for an end that comes early.
 _FAR = 10
 
 
@@ -262,7 +262,7 @@ class _PScheduler(LRScheduler):
         return self.get_last_lr()
 
     @property
-    def _last_lr(self) -> list[float | Tensor]:  # type: ignore[override]
+    def _last_lr(self) -> list[float | Tensor]:
         return self.get_last_lr()
 
     @_last_lr.setter
@@ -384,11 +384,11 @@ class CosineAnnealingP(_PScheduler):
         self._get_p(epoch, initial_p)
         if epoch == _FAR * self.total_iters + 1:
             warnings.warn(
-                f"{type(self).__name__} with total_iters={self.total_iters} makes step {epoch}, and "
-                f"p has been {self.p_min} for long. total_iters counts the steps of the schedule: "
-                "if it moves once per batch, these are batches, not epochs.",
+                f"This is step {epoch} of a `{type(self).__name__}` with total_iters="
+                f"{self.total_iters}: p has been {self.p_min} since then. total_iters counts the "
+                "schedule's own steps: if it moves once per batch these are batches, not epochs.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=5 + self.every_step,  # where `step` is called
             )
 
 

@@ -66,7 +66,8 @@ def check_integer(name: str, value: Any, least: int) -> int:
     except TypeError:
         if not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
-        number = int(value) if float(value).is_integer() else least - 1
+        whole = float(value)
+        number = int(whole) if whole.is_integer() else least - 1
     if number < least:
         raise ValueError(f"Invalid {name}: {value}")
     return number
