@@ -334,13 +334,15 @@ class CosineAnnealingP(_PScheduler):
 
     Args:
         optimizer: an optimizer whose groups have a `p`, finite and :math:`\geq 2`.
-        total_iters: S, the number of epochs or steps, :math:`\geq 1`.
+        total_iters: S, the number of epochs or steps, :math:`\geq 1`, whichever `step` is called
+            for. After ten times as many a warning says that it may be the wrong one.
         p_min: the last value, finite and :math:`\geq 2`.
         last_epoch: the index of the last epoch that is over; the groups must have `initial_p`. -1
             goes on where the groups are, which is the start if they were never scheduled.
         every_step: the schedule moves on by itself after every `optimizer.step()`, except those
             that GradScaler skips. `step` must not be called then, and the schedule need not be
-            kept. A schedule made later for the same optimizer takes its place.
+            kept: the optimizer and its copies have it. A schedule made later for the same
+            optimizer takes its place.
 
     Raises:
         ValueError, TypeError, KeyError: for arguments out of range.
@@ -399,7 +401,8 @@ class LambdaP(_PScheduler):
         optimizer: an optimizer whose groups have a `p`.
         p_lambda: a function that takes k, the number of calls of `step` so far, and returns `p`
             itself, :math:`2 \leq p \leq \infty`; or a list of such functions, one for each group.
-            A group added later takes the last of them.
+            A group added later takes the last of them. An optimizer with `every_step=True` can be
+            pickled if they can, which lambdas cannot.
 
     The other arguments, and all that is said about `step`, resuming and groups added later, are
     those of :class:`CosineAnnealingP`.
