@@ -91,8 +91,8 @@ def _is_of_a_schedule(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__name__", "") in ("_p_before_step", "_p_after_step", "_p_note_step")
 
 
-# What moves this many times its total_iters was hardly meant to: batches were taken for epochs. Small
-# enough to be seen in the first epochs, too large for an end that comes early.
+# What moves this many times its total_iters was hardly meant to: batches were taken for epochs.
+# Small enough to be seen in the first epochs, too large for an end that is meant to come early.
 _FAR = 10
 
 

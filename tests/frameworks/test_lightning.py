@@ -156,7 +156,7 @@ def test_averaging_of_weights_leaves_what_drives_itself_alone(drive, tmp_path):
 
     class Averaged(Module):
         def configure_optimizers(self):
-            optimizers, (warmup, *schedules) = super().configure_optimizers()
+            optimizers, (_, *schedules) = super().configure_optimizers()
             return optimizers, schedules
 
     averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)

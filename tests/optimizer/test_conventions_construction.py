@@ -56,7 +56,7 @@ def test_arguments_of_other_optimizers_are_refused_with_what_is_here_instead(cls
         for one in (cls, Derived):
             with pytest.raises(TypeError, match=message):
                 one(parameters(), **{name: 0.9})
-    with pytest.raises(TypeError, match="got an unexpected keyword argument 'betta'$"):
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'betta'$"):
         cls(parameters(), betta=0.9)
     with pytest.raises(ValueError, match=r"Invalid p value: 0\.9 .*momentum is passed by name"):
         cls(parameters(), 0.1, 0.9)
