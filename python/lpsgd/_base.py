@@ -17,12 +17,16 @@ from torch.optim.optimizer import (
 
 import lpsgd_ext
 
-from ._compiled import register, traced_step
+from ._compiled import register, running, traced_step
+from ._schedule import attach, schedule_of
 from ._unusual import Fresh, Lists, States, observed, unusual_step
 from ._values import check_values
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+# The optimizers whose step is running, with its hooks.
+_stepping: list[Optimizer] = []
 
 
 class LPOptimizer(Optimizer):
@@ -56,6 +60,16 @@ class LPOptimizer(Optimizer):
         self._number = register(self)
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
+        self._take_over_schedule()
+
+    def _take_over_schedule(self) -> None:
+        """Horovod makes a new optimizer of the groups of one, which may have a schedule."""
+        groups = {id(group) for group in self.param_groups if "p_last_epoch" in group}
+        for other in running() if groups else ():
+            schedule = schedule_of(other)
+            if schedule is not None and groups & set(map(id, other.param_groups)):
+                attach(schedule, self)
+                break
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -63,11 +77,23 @@ class LPOptimizer(Optimizer):
             _store_dtype_by_name(param_group)
         super().add_param_group(param_group)
 
-    # Checkpoints.
+    # Copies and checkpoints.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch.optim's, which leaves hooks out; a schedule with `every_step=True` is kept."""
+        state: dict[str, Any] = super().__getstate__()
+        schedule = schedule_of(self)
+        if schedule is not None and schedule.every_step:
+            state["schedule"] = schedule
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state}
+        schedule = state.pop("schedule", None)
         super().__setstate__(state)
         self._number = register(self)
+        if schedule is not None:
+            attach(schedule, self)
         for group in self.param_groups:
             for name, value in {**_signature_defaults(type(self)), **self.defaults}.items():
                 group.setdefault(name, value)
@@ -96,12 +122,20 @@ class LPOptimizer(Optimizer):
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         """torch.optim's wrapper of `step`, which runs hooks and tells the profiler, left out while
-        there is neither: that is a third of a small step's time."""
+        there is neither: that is a third of a small step's time. In a class whose `step` calls its
+        base's, both are wrapped; what they make is one step."""
         hooked = Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
         def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            return (hooked if _has_hooks(args[0]) else func)(*args, **kwargs)
+            optimizer: Any = args[0]
+            if not _has_hooks(optimizer) or optimizer in _stepping:
+                return func(*args, **kwargs)
+            _stepping.append(optimizer)
+            try:
+                return hooked(*args, **kwargs)
+            finally:
+                _stepping.remove(optimizer)
 
         return step
 

@@ -27,6 +27,11 @@ def register(optimizer: "LPOptimizer") -> int:
     return number
 
 
+def running() -> "list[LPOptimizer]":
+    """Every optimizer there is."""
+    return list(_optimizers.values())
+
+
 def traced_step(optimizer: "LPOptimizer") -> None:
     """Makes a step in a way that Dynamo can trace."""
     # By any other way to the groups Dynamo would guard on all their values, lr and p included.

@@ -12,7 +12,7 @@ import lpsgd_ext
 
 from ._base import LPOptimizer, defaults_of
 from ._unusual import Fresh, Lists, States
-from ._values import momentum_dtype_of
+from ._values import momentum_dtype_of, with_hints
 
 
 class LPSGD(LPOptimizer):
@@ -72,6 +72,7 @@ class LPSGD(LPOptimizer):
     _HYPER = ("lr", "p", "weight_decay", "eps", "pivot", "maximize")
     _SGD: ClassVar[dict[str, Any]] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,
@@ -140,6 +141,7 @@ class LPSGDM(LPOptimizer):
     _HYPER = ("lr", "p", "momentum", "weight_decay", "eps", "pivot", "maximize")
     _SGD: ClassVar[dict[str, Any]] = {"dampening": "momentum", "nesterov": False}
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,

@@ -385,6 +385,35 @@ def test_a_hook_of_all_optimizers_runs_alone(cls, register):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("bases_are_used", [False, True])
+def test_hooks_run_once_where_a_class_calls_the_step_of_its_base(cls, bases_are_used):
+    class Middle(cls):
+        def step(self, closure=None):
+            ran.append("middle")
+            return super().step(closure)
+
+    class Outer(Middle):
+        def step(self, closure=None):
+            return super().step(closure) or super().step(closure)
+
+    for base in (cls, Middle) if bases_are_used else ():
+        base(parameters())
+    optimizer, ran = Outer(parameters()), []
+    optimizer.register_step_pre_hook(lambda *_: ran.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("post"))
+    handle = register_optimizer_step_post_hook(lambda *_: ran.append("global post"))
+    try:
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        assert ran == ["pre", "middle"]
+        ran.clear()
+        optimizer.step()
+        assert ran == ["pre", "middle", "middle", "post", "global post"]
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_a_step_pre_hook_can_replace_the_closure(cls):
     optimizer = cls(parameters())
     optimizer.register_step_pre_hook(lambda self, args, kwargs: ((self, lambda: 2.0), {}))
