@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, ParamSpec, TypeVar, overload
 
@@ -17,6 +18,7 @@ from torch.optim.optimizer import (
 
 import lpsgd_ext
 
+from ._checkpoints import buffers_of, fitted, translate
 from ._compiled import register, traced_step
 from ._unusual import Fresh, Lists, States, observed, unusual_step
 from ._values import check_values
@@ -66,11 +68,22 @@ class LPOptimizer(Optimizer):
     # Checkpoints.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # Nothing but this method follows torch.optim's checks of a state_dict that is being loaded.
+        buffers, remark = self.__dict__.pop("_loading", ({}, ""))
+        if remark:
+            warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=5)
         super().__setstate__(state)
         self._number = register(self)
         for group in self.param_groups:
             for name, value in {**_signature_defaults(type(self)), **self.defaults}.items():
                 group.setdefault(name, value)
+            for param in group["params"] if buffers else ():
+                if param in buffers:
+                    loaded = self.state[param]
+                    wide = group["momentum_dtype"] is not None
+                    loaded["momentum_buffer"] = fitted(
+                        param, buffers[param], loaded["momentum_buffer"], wide
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; the groups have besides what torch.optim.SGD needs to load it."""
@@ -81,15 +94,32 @@ class LPOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
+        """As torch.optim's, also for a checkpoint of the other class or of torch.optim.SGD.
+
+        float32 momentum buffers of bfloat16 parameters keep their bits, and buffers get the strides
+        of their parameters.
+
+        SGD's lr and weight_decay mean something else, and it has no p: the groups keep the values
+        that they have. Its momentum buffers are taken, as the averages that LPSGDM keeps: times
+        (1 - momentum) / (1 - dampening). LPSGD drops momentum buffers; LPSGDM keeps its momentum
+        where it loads LPSGD's checkpoint. A warning says so.
+
+        Raises:
+            ValueError: for a checkpoint of yet another optimizer, and as torch.optim; then nothing
+                has changed.
+        """
         try:
-            with self.register_load_state_dict_pre_hook(lambda _, state: self._prepare_load(state)):
+            with self.register_load_state_dict_pre_hook(lambda _, given: self._translate(given)):
                 super().load_state_dict(state_dict)
         finally:
             self.__dict__.pop("_loading", None)
 
-    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
-        """Looks at a state_dict that is being loaded, after all other hooks."""
+    def _translate(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What is loaded in the place of a state_dict, after all other hooks."""
+        groups, has_momentum = self.param_groups, "momentum" in self._HYPER
+        translated, remark = translate(state_dict, groups, has_momentum)
+        self._loading = buffers_of(translated, groups) if has_momentum else {}, remark
+        return translated
 
     # The step.
 

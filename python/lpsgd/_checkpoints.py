@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""Loading: what LPSGD and LPSGDM make of each other's checkpoints and of torch.optim.SGD's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._eager import HALF_DTYPES
+from ._unusual import PLAIN_TYPES, is_aligned, is_out_of_bounds
+from ._values import momentum_dtype_of
+
+_OURS = frozenset({"p", "pivot"})  # what SGD's groups have not
+# What torch.optim's others keep for a parameter. A momentum_buffer beside one of these is
+# RMSprop's, which is no average of gradients.
+_OTHERS = frozenset(
+    {"acc_delta", "ax", "exp_avg", "exp_inf", "prev", "row_var", "square_avg", "sum", "variance"}
+)
+
+Group = dict[str, Any]
+Remarks = dict[str, None]  # a set in order
+
+
+def translate(
+    state_dict: dict[str, Any], groups: list[Group], has_momentum: bool
+) -> tuple[dict[str, Any], str]:
+    """The state_dict as the optimizer that has these groups would have saved it, and what to tell
+    the user about that. Raises ValueError for an optimizer's that is none of the three."""
+    saved_groups = state_dict["param_groups"]
+    _refuse_others(state_dict["state"], saved_groups)
+    if len(saved_groups) != len(groups):
+        return state_dict, ""  # torch.optim says so
+    state, remarks = dict(state_dict["state"]), Remarks()
+    translated = []
+    for saved, own in zip(saved_groups, groups, strict=True):
+        group, scale = _translate_group(saved, own, has_momentum, remarks)
+        translated.append(group)
+        for number in saved["params"] if scale != 1.0 else ():
+            if _buffer_of(state.get(number)) is not None:
+                state[number] = _scaled(state[number], scale, remarks)
+    return {**state_dict, "state": state, "param_groups": translated}, "; ".join(remarks)
+
+
+def _refuse_others(state: dict[Any, Any], groups: list[Group]) -> None:
+    ours = any(not _OURS.isdisjoint(group) for group in groups)
+    entries = [(k, entry) for k, entry in state.items() if isinstance(entry, dict) and entry]
+    fits = any("momentum_buffer" in entry for _, entry in entries)
+    lacks_all = not ours and not fits and any(group.get("momentum") != 0.0 for group in groups)
+    for number, entry in entries:
+        others = not _OTHERS.isdisjoint(entry) and not (ours and "momentum_buffer" in entry)
+        if others or lacks_all:
+            raise ValueError(
+                f"loaded state dict has {', '.join(map(str, entry))} in the state of parameter "
+                f"{number}: it is no checkpoint of LPSGD, LPSGDM or torch.optim.SGD"
+            )
+
+
+def _translate_group(
+    saved: Group, own: Group, has_momentum: bool, remarks: Remarks
+) -> tuple[Group, float | None]:
+    """The group, and what its momentum buffers are multiplied by; None: they are dropped."""
+    scale = 1.0 if has_momentum else None
+    if "lr" in saved and _OURS.isdisjoint(saved):
+        remarks[
+            "the groups keep this optimizer's values, as SGD has no p, and its lr and weight_decay "
+            "mean something else"
+        ] = None
+        if saved.get("nesterov"):
+            remarks["nesterov is dropped"] = None
+        names = {"param_names": saved["param_names"]} if "param_names" in saved else {}
+        return {**own, **names, "params": saved["params"]}, scale and _scale(saved, own)
+    if not has_momentum:
+        return {name: value for name, value in saved.items() if name != "momentum_dtype"}, scale
+    if saved.get("momentum") == 0.0 and "momentum_dtype" not in saved:  # LPSGD's
+        remarks["the groups keep this optimizer's momentum, as LPSGD has none"] = None
+        return {**saved, "momentum": own["momentum"]}, scale
+    return saved, scale
+
+
+def _scale(saved: Group, own: Group) -> float | None:
+    """What turns SGD's buffers, which grow by (1 - dampening) * gradient, into averages."""
+    momentum, dampening = saved.get("momentum", 0.0), saved.get("dampening", 0.0)
+    if not (0.0 < momentum < 1.0 and dampening < 1.0):  # no gradient of late is in them
+        return None
+    sign = 1.0 if bool(saved.get("maximize")) == own["maximize"] else -1.0
+    return float(sign * (1.0 - momentum) / (1.0 - dampening))
+
+
+def _buffer_of(entry: Any) -> Tensor | None:
+    buffer = entry.get("momentum_buffer") if isinstance(entry, dict) else None
+    return buffer if isinstance(buffer, Tensor) else None
+
+
+def _scaled(entry: dict[str, Any], scale: float | None, remarks: Remarks) -> dict[str, Any]:
+    if scale is None:
+        remarks["the momentum buffers are dropped"] = None
+        return {name: value for name, value in entry.items() if name != "momentum_buffer"}
+    remarks[f"the momentum buffers are taken, times {scale:g}, as averages of gradients"] = None
+    buffer = entry["momentum_buffer"]
+    wide = buffer.float() if buffer.dtype in HALF_DTYPES else buffer
+    return {**entry, "momentum_buffer": wide * scale}
+
+
+def buffers_of(state_dict: dict[str, Any], groups: list[Group]) -> dict[Tensor, Tensor]:
+    """The momentum buffers of a state_dict by the parameters that get them."""
+    pairs = [
+        (param, _buffer_of(state_dict["state"].get(number)))
+        for saved, own in zip(state_dict["param_groups"], groups, strict=False)
+        for number, param in zip(saved["params"], own["params"], strict=False)
+    ]
+    return {param: buffer for param, buffer in pairs if buffer is not None}
+
+
+def fitted(param: Tensor, saved: Tensor, cast: Tensor, momentum_float32: bool) -> Tensor:
+    """The momentum_buffer that a parameter gets: what torch.optim has `cast` to the parameter's
+    dtype, or `saved` itself where another dtype is due; with its elements where C wants them, in
+    the parameter's order and aligned."""
+    dtype = momentum_dtype_of(param, momentum_float32)
+    buffer = cast if cast.dtype == dtype else saved.to(param.device, dtype)
+    if (
+        any(type(t) not in PLAIN_TYPES or t.layout != torch.strided for t in (param, buffer))
+        or buffer.shape != param.shape
+        or (buffer.stride() == param.stride() and is_aligned(buffer))
+        or is_out_of_bounds(buffer)
+    ):
+        return buffer
+    like = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return like.copy_(buffer.detach())
