@@ -10,7 +10,7 @@ from ._eager import HALF_DTYPES
 from ._unusual import PLAIN_TYPES, is_aligned, is_out_of_bounds
 from ._values import momentum_dtype_of
 
-_OURS = frozenset({"p", "pivot"})  # what SGD's groups have not
+_OURS = frozenset({"p", "pivot", "stochastic_rounding"})  # what no other optimizer's groups have
 # What torch.optim's others keep for a parameter. A momentum_buffer beside one of these is
 # RMSprop's, which is no average of gradients.
 _OTHERS = frozenset(
@@ -59,7 +59,6 @@ def _translate_group(
     saved: Group, own: Group, has_momentum: bool, remarks: Remarks
 ) -> tuple[Group, float | None]:
     """The group, and what its momentum buffers are multiplied by; None: they are dropped."""
-    scale = 1.0 if has_momentum else None
     if "lr" in saved and _OURS.isdisjoint(saved):
         remarks[
             "the groups keep this optimizer's values, as SGD has no p, and its lr and weight_decay "
@@ -68,13 +67,15 @@ def _translate_group(
         if saved.get("nesterov"):
             remarks["nesterov is dropped"] = None
         names = {"param_names": saved["param_names"]} if "param_names" in saved else {}
-        return {**own, **names, "params": saved["params"]}, scale and _scale(saved, own)
-    if not has_momentum:
-        return {name: value for name, value in saved.items() if name != "momentum_dtype"}, scale
-    if saved.get("momentum") == 0.0 and "momentum_dtype" not in saved:  # LPSGD's
-        remarks["the groups keep this optimizer's momentum, as LPSGD has none"] = None
-        return {**saved, "momentum": own["momentum"]}, scale
-    return saved, scale
+        group = {**own, **names, "params": saved["params"]}
+        return group, _scale(saved, own) if has_momentum else None
+    if not has_momentum and "momentum_dtype" in saved:  # LPSGDM's
+        return {name: value for name, value in saved.items() if name != "momentum_dtype"}, None
+    if has_momentum and "momentum_dtype" not in saved and saved.get("momentum") == 0.0:  # LPSGD's
+        if own["momentum"] != 0.0:
+            remarks["the groups keep this optimizer's momentum, as LPSGD has none"] = None
+        return {**saved, "momentum": own["momentum"]}, 1.0
+    return saved, 1.0
 
 
 def _scale(saved: Group, own: Group) -> float | None:
@@ -82,7 +83,7 @@ def _scale(saved: Group, own: Group) -> float | None:
     momentum, dampening = saved.get("momentum", 0.0), saved.get("dampening", 0.0)
     if not (0.0 < momentum < 1.0 and dampening < 1.0):  # no gradient of late is in them
         return None
-    sign = 1.0 if bool(saved.get("maximize")) == own["maximize"] else -1.0
+    sign = 1.0 if bool(saved.get("maximize")) == own["maximize"] else -1.0  # -gradients are in them
     return float(sign * (1.0 - momentum) / (1.0 - dampening))
 
 

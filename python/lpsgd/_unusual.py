@@ -53,7 +53,7 @@ class Row(NamedTuple):
     tensors: tuple[Tensor, ...]  # the parameter, its gradient and what the state holds
     stream: int
     offset: int = 0
-    shares: bool = False  # memory that the step writes to, with another row or within itself
+    shares: bool = False  # see sharing(): torch.optim steps such rows one after the other
 
 
 def unusual_step(optimizer: "LPOptimizer") -> None:
@@ -147,7 +147,8 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
     ]
     for row in rows:
         _check_buffers(row.tensors, bool(values.get("momentum_float32")))
-    rows = _with_shares(rows)
+    for i in sharing(row.tensors for row in rows):
+        rows[i] = rows[i]._replace(shares=True)
     native_rows = [row for row in rows if in_c and _is_native(row)]
     others = [row for row in rows if not (in_c and _is_native(row))]
     if group["fused"] and others:
@@ -217,28 +218,28 @@ def _localize(row: Row, in_pieces: bool) -> list[Row]:
     return [Row(piece, row.stream, start) for piece, start in zip(pieces, starts, strict=True)]
 
 
-def _with_shares(rows: list[Row]) -> list[Row]:
-    """The rows, with a mark at those that must be stepped one after the other, as torch.optim steps
-    them without foreach and fused: weights that are tied by their memory, or listed twice."""
+def sharing(rows: Iterable[Sequence[Any]]) -> set[int]:
+    """The indices of rows of tensors that share memory that a step writes to, with each other or
+    within themselves. What is no tensor shares none."""
     spans = sorted(
         (*span, j != 1, i)
-        for i, row in enumerate(rows)
-        for j, tensor in enumerate(row.tensors)
+        for i, tensors in enumerate(rows)
+        for j, tensor in enumerate(tensors)
         if (span := _span(tensor))
     )
-    sharing: set[int] = set()
+    found: set[int] = set()
     end, together = 0, list[tuple[bool, int]]()
     for low, high, is_written, i in [*spans, (sys.maxsize, sys.maxsize, False, -1)]:
         if low >= end:  # no span before reaches this one
             if len(together) > 1 and any(written for written, _ in together):
-                sharing.update(i for _, i in together)
+                found.update(i for _, i in together)
             together = []
         together.append((is_written, i))
         end = max(end, high)
-    return [row._replace(shares=i in sharing) for i, row in enumerate(rows)]
+    return found
 
 
-def _span(tensor: Tensor) -> tuple[int, int] | None:
+def _span(tensor: Any) -> tuple[int, int] | None:
     """The addresses from which and up to which a tensor has its elements, where they are known."""
     if (
         type(tensor) not in PLAIN_TYPES
