@@ -20,7 +20,7 @@ import lpsgd_ext
 
 from ._checkpoints import buffers_of, fitted, translate
 from ._compiled import register, traced_step
-from ._unusual import Fresh, Lists, States, observed, unusual_step
+from ._unusual import Fresh, Lists, States, observed, sharing, unusual_step
 from ._values import check_values
 
 _P = ParamSpec("_P")
@@ -71,7 +71,7 @@ class LPOptimizer(Optimizer):
         # Nothing but this method follows torch.optim's checks of a state_dict that is being loaded.
         buffers, remark = self.__dict__.pop("_loading", ({}, ""))
         if remark:
-            warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=5)
+            warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=6)
         super().__setstate__(state)
         self._number = register(self)
         for group in self.param_groups:
@@ -156,6 +156,15 @@ class LPOptimizer(Optimizer):
         else:
             self._eager_step()
         return loss
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _shares_memory(self) -> bool:
+        """Whether a parameter is listed twice or shares memory with other tensors of a step, as far
+        as there are any when a graph is made."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        buffers = [self.state.get(param, {}).get("momentum_buffer") for param in params]
+        rows = [(one, one.grad, buffer) for one, buffer in zip(params, buffers, strict=True)]
+        return bool(sharing(rows))
 
     def _eager_step(self) -> None:
         if not self._usual_step():

@@ -11,11 +11,8 @@ from ._unusual import PLAIN_TYPES, is_aligned, is_out_of_bounds
 from ._values import momentum_dtype_of
 
 _OURS = frozenset({"p", "pivot", "stochastic_rounding"})  # what no other optimizer's groups have
-# What torch.optim's others keep for a parameter. A momentum_buffer beside one of these is
-# RMSprop's, which is no average of gradients.
-_OTHERS = frozenset(
-    {"acc_delta", "ax", "exp_avg", "exp_inf", "prev", "row_var", "square_avg", "sum", "variance"}
-)
+# What other optimizers of torch.optim keep for a parameter in the place of a momentum_buffer.
+_OTHERS = frozenset({"ax", "exp_avg", "prev", "row_var", "square_avg", "sum", "variance"})
 
 Group = dict[str, Any]
 Remarks = dict[str, None]  # a set in order
@@ -41,14 +38,19 @@ def translate(
     return {**state_dict, "state": state, "param_groups": translated}, "; ".join(remarks)
 
 
+def _is_foreign(group: Group) -> bool:
+    return "lr" in group and _OURS.isdisjoint(group)
+
+
 def _refuse_others(state: dict[Any, Any], groups: list[Group]) -> None:
-    ours = any(not _OURS.isdisjoint(group) for group in groups)
     entries = [(k, entry) for k, entry in state.items() if isinstance(entry, dict) and entry]
     fits = any("momentum_buffer" in entry for _, entry in entries)
-    lacks_all = not ours and not fits and any(group.get("momentum") != 0.0 for group in groups)
+    not_sgd = any(
+        _is_foreign(group) and ("dampening" not in group or (group["momentum"] and not fits))
+        for group in groups
+    )
     for number, entry in entries:
-        others = not _OTHERS.isdisjoint(entry) and not (ours and "momentum_buffer" in entry)
-        if others or lacks_all:
+        if not_sgd or ("momentum_buffer" not in entry and not _OTHERS.isdisjoint(entry)):
             raise ValueError(
                 f"loaded state dict has {', '.join(map(str, entry))} in the state of parameter "
                 f"{number}: it is no checkpoint of LPSGD, LPSGDM or torch.optim.SGD"
@@ -59,10 +61,10 @@ def _translate_group(
     saved: Group, own: Group, has_momentum: bool, remarks: Remarks
 ) -> tuple[Group, float | None]:
     """The group, and what its momentum buffers are multiplied by; None: they are dropped."""
-    if "lr" in saved and _OURS.isdisjoint(saved):
+    if _is_foreign(saved):
         remarks[
-            "the groups keep this optimizer's values, as SGD has no p, and its lr and weight_decay "
-            "mean something else"
+            "the groups keep this optimizer's values, as the checkpoint has no p, and its lr and "
+            "weight_decay mean something else"
         ] = None
         if saved.get("nesterov"):
             remarks["nesterov is dropped"] = None
@@ -83,7 +85,7 @@ def _scale(saved: Group, own: Group) -> float | None:
     momentum, dampening = saved.get("momentum", 0.0), saved.get("dampening", 0.0)
     if not (0.0 < momentum < 1.0 and dampening < 1.0):  # no gradient of late is in them
         return None
-    sign = 1.0 if bool(saved.get("maximize")) == own["maximize"] else -1.0  # -gradients are in them
+    sign = 1.0 if bool(saved.get("maximize")) == own["maximize"] else -1.0
     return float(sign * (1.0 - momentum) / (1.0 - dampening))
 
 

@@ -31,7 +31,7 @@ def traced_step(optimizer: "LPOptimizer") -> None:
     """Makes a step in a way that Dynamo can trace."""
     # By any other way to the groups Dynamo would guard on all their values, lr and p included.
     groups = vars(optimizer)["param_groups"]
-    if _shares_memory(optimizer._number):  # a graph writes to each tensor by itself
+    if optimizer._shares_memory():  # a graph writes to each tensor by itself
         torch.compiler.disable(optimizer._eager_step)()  # type: ignore[no-untyped-call]
         return
     # All gradients come before any state: Dynamo guards on the identity of what it reaches
@@ -54,18 +54,6 @@ def traced_step(optimizer: "LPOptimizer") -> None:
             # Not by no_grad: a compiled graph that raises would leave grad mode off.
             detached = [param.detach() for param in params]
             _compiled_step(detached, grads, buffers, streams[i], optimizer._number, i)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _shares_memory(optimizer: int) -> bool:
-    """Whether a parameter of the optimizer is listed twice or shares memory with other tensors of a
-    step, as far as there are any when a graph is made."""
-    self = _optimizers[optimizer]
-    params = [param for group in self.param_groups for param in group["params"]]
-    rows = [
-        (param, param.grad, self.state.get(param, {}).get("momentum_buffer")) for param in params
-    ]
-    return bool(_unusual.sharing(rows))
 
 
 @torch.library.custom_op("lpsgd::step_", mutates_args=("params", "momentum_buffers"))
