@@ -18,7 +18,7 @@ from torch.optim.optimizer import (
 
 import lpsgd_ext
 
-from ._checkpoints import buffers_of, fitted, translate
+from ._checkpoints import buffers_of, fit_buffers, translate
 from ._compiled import register, traced_step
 from ._unusual import Fresh, Lists, States, observed, sharing, unusual_step
 from ._values import check_values
@@ -68,22 +68,16 @@ class LPOptimizer(Optimizer):
     # Checkpoints.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Nothing but this method follows torch.optim's checks of a state_dict that is being loaded.
-        buffers, remark = self.__dict__.pop("_loading", ({}, ""))
-        if remark:
-            warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=6)
+        if "_loading" in self.__dict__:  # by torch.optim, which has checked the rest
+            saved, remark = self._loading
+            fit_buffers(state, saved, self.defaults.get("momentum_dtype"))
+            if remark:
+                warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=6)
         super().__setstate__(state)
         self._number = register(self)
         for group in self.param_groups:
             for name, value in {**_signature_defaults(type(self)), **self.defaults}.items():
                 group.setdefault(name, value)
-            for param in group["params"] if buffers else ():
-                if param in buffers:
-                    loaded = self.state[param]
-                    wide = group["momentum_dtype"] is not None
-                    loaded["momentum_buffer"] = fitted(
-                        param, buffers[param], loaded["momentum_buffer"], wide
-                    )
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's; the groups have besides what torch.optim.SGD needs to load it."""

@@ -114,11 +114,25 @@ def buffers_of(state_dict: dict[str, Any], groups: list[Group]) -> dict[Tensor, 
     return {param: buffer for param, buffer in pairs if buffer is not None}
 
 
-def fitted(param: Tensor, saved: Tensor, cast: Tensor, momentum_float32: bool) -> Tensor:
-    """The momentum_buffer that a parameter gets: what torch.optim has `cast` to the parameter's
-    dtype, or `saved` itself where another dtype is due; with its elements where C wants them, in
-    the parameter's order and aligned."""
-    dtype = momentum_dtype_of(param, momentum_float32)
+def fit_buffers(
+    state: dict[str, Any], saved: dict[Tensor, Tensor], momentum_dtype: torch.dtype | None
+) -> None:
+    """Gives momentum buffers their dtype and place, in a state that torch.optim has made of a
+    state_dict whose buffers were `saved`. `momentum_dtype` is for groups that have none."""
+    for group in state["param_groups"]:
+        wide = group.get("momentum_dtype", momentum_dtype) is not None
+        for param in group["params"]:
+            entry = state["state"].get(param)
+            buffer = _buffer_of(entry)
+            if buffer is not None and param in saved:
+                entry["momentum_buffer"] = _fitted(param, saved[param], buffer, wide)
+
+
+def _fitted(param: Tensor, saved: Tensor, cast: Tensor, wide: bool) -> Tensor:
+    """The buffer that torch.optim has `cast` to the parameter's dtype, or `saved` itself where
+    another dtype is due; with its elements where C wants them, in the parameter's order and
+    aligned."""
+    dtype = momentum_dtype_of(param, momentum_float32=wide)
     buffer = cast if cast.dtype == dtype else saved.to(param.device, dtype)
     if (
         any(type(t) not in PLAIN_TYPES or t.layout != torch.strided for t in (param, buffer))
