@@ -20,7 +20,7 @@ import lpsgd_ext
 
 from ._checkpoints import buffers_of, fit_buffers, translate
 from ._compiled import register, traced_step
-from ._unusual import Fresh, Lists, States, observed, sharing, unusual_step
+from ._unusual import Fresh, Lists, States, observed, sharing, span, unusual_step
 from ._values import check_values
 
 _P = ParamSpec("_P")
@@ -157,8 +157,8 @@ class LPOptimizer(Optimizer):
         as there are any when a graph is made."""
         params = [param for group in self.param_groups for param in group["params"]]
         buffers = [self.state.get(param, {}).get("momentum_buffer") for param in params]
-        rows = [(one, one.grad, buffer) for one, buffer in zip(params, buffers, strict=True)]
-        return bool(sharing(rows))
+        rows = zip(params, [param.grad for param in params], buffers, strict=True)
+        return bool(sharing([tuple(map(span, row)) for row in rows]))
 
     def _eager_step(self) -> None:
         if not self._usual_step():

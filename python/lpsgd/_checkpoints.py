@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._eager import HALF_DTYPES
-from ._unusual import PLAIN_TYPES, is_aligned, is_out_of_bounds
+from ._unusual import PLAIN_TYPES, is_aligned, is_out_of_bounds, span
 from ._values import momentum_dtype_of
 
 _OURS = frozenset({"p", "pivot", "stochastic_rounding"})  # what no other optimizer's groups have
@@ -137,7 +137,7 @@ def _fitted(param: Tensor, saved: Tensor, cast: Tensor, wide: bool) -> Tensor:
     if (
         any(type(t) not in PLAIN_TYPES or t.layout != torch.strided for t in (param, buffer))
         or buffer.shape != param.shape
-        or (buffer.stride() == param.stride() and is_aligned(buffer))
+        or (buffer.stride() == param.stride() and is_aligned(buffer, span(buffer)))
         or is_out_of_bounds(buffer)
     ):
         return buffer

@@ -28,6 +28,8 @@ States = deque[tuple[Tensor, dict[str, Any]]]
 Fresh = dict[Tensor, Tensor]  # the buffers that a step makes, by their parameters
 Call = Callable[[], None]
 
+Span = tuple[int, int]  # the address of a tensor's first byte and that behind its last one
+
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -146,11 +148,13 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
         for piece in _localize(Row(tensors, streams[i] if rounding else i), bool(rounding))
     ]
     for row in rows:
-        _check_buffers(row.tensors, bool(values.get("momentum_float32")))
-    for i in sharing(row.tensors for row in rows):
+        _check_buffers(row.tensors, "momentum_float32" in values)
+    spans = [tuple(map(span, row.tensors)) for row in rows]
+    for i in sharing(spans):
         rows[i] = rows[i]._replace(shares=True)
-    native_rows = [row for row in rows if in_c and _is_native(row)]
-    others = [row for row in rows if not (in_c and _is_native(row))]
+    native_rows, others = list[Row](), list[Row]()
+    for row, places in zip(rows, spans, strict=True):
+        (native_rows if in_c and _is_native(row, places) else others).append(row)
     if group["fused"] and others:
         _refuse_fused(group, others, whole)
     if in_c:
@@ -218,14 +222,29 @@ def _localize(row: Row, in_pieces: bool) -> list[Row]:
     return [Row(piece, row.stream, start) for piece, start in zip(pieces, starts, strict=True)]
 
 
-def sharing(rows: Iterable[Sequence[Any]]) -> set[int]:
-    """The indices of rows of tensors that share memory that a step writes to, with each other or
-    within themselves. What is no tensor shares none."""
+def span(tensor: Any) -> Span | None:
+    """Where a tensor has its elements, if that is known."""
+    if (
+        type(tensor) not in PLAIN_TYPES
+        or tensor.layout != torch.strided
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or not tensor.numel()
+    ):
+        return None
+    low = tensor.data_ptr()  # 0: on no device, or freed
+    contiguous = tensor.is_contiguous()
+    size = tensor.nbytes if contiguous else _extent(tensor) * tensor.element_size()
+    return (low, low + size) if low else None
+
+
+def sharing(rows: Iterable[Sequence[Span | None]]) -> set[int]:
+    """The indices of the rows that share memory to which a step writes, with each other or within
+    themselves."""
     spans = sorted(
-        (*span, j != 1, i)
-        for i, tensors in enumerate(rows)
-        for j, tensor in enumerate(tensors)
-        if (span := _span(tensor))
+        (*place, j != 1, i)
+        for i, places in enumerate(rows)
+        for j, place in enumerate(places)
+        if place
     )
     found: set[int] = set()
     end, together = 0, list[tuple[bool, int]]()
@@ -237,19 +256,6 @@ def sharing(rows: Iterable[Sequence[Any]]) -> set[int]:
         together.append((is_written, i))
         end = max(end, high)
     return found
-
-
-def _span(tensor: Any) -> tuple[int, int] | None:
-    """The addresses from which and up to which a tensor has its elements, where they are known."""
-    if (
-        type(tensor) not in PLAIN_TYPES
-        or tensor.layout != torch.strided
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or not tensor.numel()
-    ):
-        return None
-    low = tensor.data_ptr()  # 0: on no device, or freed
-    return (low, low + _extent(tensor) * tensor.element_size()) if low else None
 
 
 def _extent(tensor: Tensor) -> int:
@@ -289,7 +295,7 @@ def observed() -> bool:
     )
 
 
-def _is_native(row: Row) -> bool:
+def _is_native(row: Row, places: Sequence[Span | None]) -> bool:
     """Whether the C kernels are meant for this parameter and what goes with it."""
     param, grad, *_ = row.tensors
     device = param.device
@@ -299,6 +305,7 @@ def _is_native(row: Row) -> bool:
         and _cuda_refusal(device) is None
         and grad.dtype == param.dtype in _NATIVE_DTYPES
         and all(_has_native_memory(param, tensor) for tensor in row.tensors)
+        and (param.is_cuda or all(map(is_aligned, row.tensors, places)))  # else no GPU can read it
         and _is_dense(param)
     )
 
@@ -319,14 +326,12 @@ def _has_native_memory(param: Tensor, other: Tensor) -> bool:
         and other.layout == torch.strided
         and not other.is_neg()
         and other.stride() == param.stride()
-        and (other.is_cuda or is_aligned(other))  # no GPU reads what is not
     )
 
 
-def is_aligned(tensor: Tensor) -> bool:
+def is_aligned(tensor: Tensor, place: Span | None) -> bool:
     """Whether it begins at a multiple of its element size, where that is known."""
-    span = _span(tensor)
-    return span is None or span[0] % tensor.element_size() == 0
+    return place is None or place[0] % tensor.element_size() == 0
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -426,6 +431,8 @@ def _eager_calls(
     rows = sorted(rows, key=key)
     for row in rows:
         _check_eager(row.tensors)
+        if row.shares:
+            _check_eager_overlaps(row.tensors)
     calls: list[Call] = []
     for in_foreach, group in groupby(rows, key=key):
         same = list(group)
@@ -531,12 +538,6 @@ def _check_eager(tensors: tuple[Tensor, ...]) -> None:
         type(tensor) in PLAIN_TYPES and is_out_of_bounds(tensor) for tensor in tensors
     ):
         raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
-    if any(_overlaps_in_part(buffer, grad) for buffer in buffers):
-        raise RuntimeError(
-            "unsupported operation: some elements of the input tensor and the written-to tensor "
-            "refer to a single memory location. Please clone() the tensor before performing the "
-            "operation."
-        )
 
 
 def _check_eager_written(tensor: Tensor, transformed: bool) -> None:
@@ -556,18 +557,25 @@ def _check_eager_written(tensor: Tensor, transformed: bool) -> None:
         )
 
 
-def _overlaps_in_part(written: Tensor, read: Tensor) -> bool:
-    """Whether PyTorch refuses to add the one to the other in place."""
-    one, other = _span(written), _span(read)
-    return (
-        one is not None
-        and other is not None
-        and one[0] < other[1]
-        and other[0] < one[1]
-        and not (one == other and written.stride() == read.stride())
-        and _is_dense(written)
-        and _is_dense(read)
-    )
+def _check_eager_overlaps(tensors: tuple[Tensor, ...]) -> None:
+    """PyTorch adds no gradient to a buffer that overlaps with it in part."""
+    _, grad, *buffers = tensors
+    read = span(grad)
+    for buffer in buffers:
+        written = span(buffer)
+        if (
+            read
+            and written
+            and max(read[0], written[0]) < min(read[1], written[1])
+            and not (read == written and grad.stride() == buffer.stride())
+            and _is_dense(grad)
+            and _is_dense(buffer)
+        ):
+            raise RuntimeError(
+                "unsupported operation: some elements of the input tensor and the written-to "
+                "tensor refer to a single memory location. Please clone() the tensor before "
+                "performing the operation."
+            )
 
 
 def is_out_of_bounds(tensor: Tensor) -> bool:
