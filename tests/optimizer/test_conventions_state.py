@@ -214,7 +214,7 @@ def test_the_state_has_no_empty_dicts_and_no_none(make):
 
 
 def load_into_sgd(sgd, state_dict):
-    """The README's way."""
+    """The way of docs/python.md."""
     for group, own in zip(state_dict["param_groups"], sgd.param_groups, strict=True):
         group.update(lr=own["lr"], weight_decay=own["weight_decay"])
     sgd.load_state_dict(state_dict)
