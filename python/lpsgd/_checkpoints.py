@@ -46,7 +46,7 @@ def _refuse_others(state: dict[Any, Any], groups: list[Group]) -> None:
     entries = [(k, entry) for k, entry in state.items() if isinstance(entry, dict) and entry]
     fits = any("momentum_buffer" in entry for _, entry in entries)
     not_sgd = any(
-        _is_foreign(group) and ("dampening" not in group or (group["momentum"] and not fits))
+        _is_foreign(group) and ("dampening" not in group or (group.get("momentum") and not fits))
         for group in groups
     )
     for number, entry in entries:
@@ -99,7 +99,7 @@ def _scaled(entry: dict[str, Any], scale: float | None, remarks: Remarks) -> dic
         remarks["the momentum buffers are dropped"] = None
         return {name: value for name, value in entry.items() if name != "momentum_buffer"}
     remarks[f"the momentum buffers are taken, times {scale:g}, as averages of gradients"] = None
-    buffer = entry["momentum_buffer"]
+    buffer = entry["momentum_buffer"].detach()
     wide = buffer.float() if buffer.dtype in HALF_DTYPES else buffer
     return {**entry, "momentum_buffer": wide * scale}
 

@@ -305,7 +305,8 @@ def _is_native(row: Row, places: Sequence[Span | None]) -> bool:
         and _cuda_refusal(device) is None
         and grad.dtype == param.dtype in _NATIVE_DTYPES
         and all(_has_native_memory(param, tensor) for tensor in row.tensors)
-        and (param.is_cuda or all(map(is_aligned, row.tensors, places)))  # else no GPU can read it
+        # PyTorch's operations could not step it on a GPU either: there C refuses it.
+        and (param.is_cuda or all(map(is_aligned, row.tensors, places)))
         and _is_dense(param)
     )
 
