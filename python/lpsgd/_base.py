@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, ParamSpec, TypeVar, overload
 
@@ -17,9 +18,10 @@ from torch.optim.optimizer import (
 
 import lpsgd_ext
 
+from ._checkpoints import buffers_of, fit_buffers, translate
 from ._compiled import register, running, traced_step
 from ._schedule import attach, schedule_of
-from ._unusual import Fresh, Lists, States, observed, unusual_step
+from ._unusual import Fresh, Lists, States, observed, sharing, span, unusual_step
 from ._values import check_values
 
 _P = ParamSpec("_P")
@@ -90,6 +92,11 @@ class LPOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = {**state}
         schedule = state.pop("schedule", None)
+        if "_loading" in self.__dict__:  # by torch.optim, which has checked the rest
+            saved, remark = self._loading
+            fit_buffers(state, saved, self.defaults.get("momentum_dtype"))
+            if remark:
+                warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=6)
         super().__setstate__(state)
         self._number = register(self)
         if schedule is not None:
@@ -107,15 +114,32 @@ class LPOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
+        """As torch.optim's, also for a checkpoint of the other class or of torch.optim.SGD.
+
+        float32 momentum buffers of bfloat16 parameters keep their bits, and buffers get the strides
+        of their parameters.
+
+        SGD's lr and weight_decay mean something else, and it has no p: the groups keep the values
+        that they have. Its momentum buffers are taken, as the averages that LPSGDM keeps: times
+        (1 - momentum) / (1 - dampening). LPSGD drops momentum buffers; LPSGDM keeps its momentum
+        where it loads LPSGD's checkpoint. A warning says so.
+
+        Raises:
+            ValueError: for a checkpoint of yet another optimizer, and as torch.optim; then nothing
+                has changed.
+        """
         try:
-            with self.register_load_state_dict_pre_hook(lambda _, state: self._prepare_load(state)):
+            with self.register_load_state_dict_pre_hook(lambda _, given: self._translate(given)):
                 super().load_state_dict(state_dict)
         finally:
             self.__dict__.pop("_loading", None)
 
-    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
-        """Looks at a state_dict that is being loaded, after all other hooks."""
+    def _translate(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What is loaded in the place of a state_dict, after all other hooks."""
+        groups, has_momentum = self.param_groups, "momentum" in self._HYPER
+        translated, remark = translate(state_dict, groups, has_momentum)
+        self._loading = buffers_of(translated, groups) if has_momentum else {}, remark
+        return translated
 
     # The step.
 
@@ -160,6 +184,15 @@ class LPOptimizer(Optimizer):
         else:
             self._eager_step()
         return loss
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _shares_memory(self) -> bool:
+        """Whether a parameter is listed twice or shares memory with other tensors of a step, as far
+        as there are any when a graph is made."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        buffers = [self.state.get(param, {}).get("momentum_buffer") for param in params]
+        rows = zip(params, [param.grad for param in params], buffers, strict=True)
+        return bool(sharing([tuple(map(span, row)) for row in rows]))
 
     def _eager_step(self) -> None:
         if not self._usual_step():
