@@ -4,7 +4,7 @@
 Environment variables:
     CC: the compiler (gcc and clang are tested).
     LPSGD_CUDA: 0 builds without CUDA kernels, 1 fails where they cannot be built; by default a
-        build without nvcc says so and goes on. nvcc must be of CUDA 12.8 or later.
+        build without an nvcc that can says why and goes on. It must be of CUDA 12.8 or later.
     NVCC, CUDA_HOME, CUDA_PATH: nvcc, or the folder whose bin has it; otherwise it is that in PATH.
     TORCH_CUDA_ARCH_LIST: other GPUs than CUDA_ARCHITECTURES, as for PyTorch's extensions.
     MAX_JOBS: how many architectures are compiled at once, by default one for every CPU.
@@ -17,6 +17,7 @@ Environment variables:
 """
 
 import gzip
+import logging
 import os
 import re
 import shutil
@@ -30,7 +31,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
-from setuptools.errors import CompileError, LinkError
+from setuptools.errors import CompileError, ExecError, LinkError
 
 # The arithmetic's contract of bits rests on these (csrc/lpsgd_element.h).
 ARITHMETIC_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
@@ -39,6 +40,11 @@ SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 CUDA_FLAGS = ["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-Icsrc", "--compress-mode=size"]
 # Machine code for these; PTX of the first serves every GPU between and after them.
 CUDA_ARCHITECTURES = "7.5+PTX;8.0;8.6;8.9;9.0;10.0;12.0"
+LEAST_CUDA = (12, 8)  # the first that knows --compress-mode and compute capability 10.0 and 12.0
+NEEDS = (
+    "lpsgd_ext needs a C compiler and Python's headers: apt install gcc python3-dev (Debian, "
+    "Ubuntu), dnf install gcc python3-devel (Fedora), conda install c-compiler"
+)
 OPENMP_PROBE = (
     "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
 )
@@ -88,30 +94,51 @@ class BuildExt(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args = compile_flags
             extension.extra_link_args = link_flags
-        super().build_extensions()
+        try:
+            super().build_extensions()
+        except CompileError as error:
+            raise CompileError(f"{error}. {NEEDS}") from None
 
     def cuda_macros(self) -> list[str]:
-        """Makes the fat binary of the CUDA kernels, and tells the C code of it, if there is one."""
+        """Tells the C code of the CUDA kernels, if there are any."""
         wish = os.environ.get("LPSGD_CUDA")
-        nvcc = find_nvcc()
         if wish == "0":
             return []
-        if not nvcc:
+        try:
+            return self.build_cuda()
+        except (CompileError, ExecError, OSError, subprocess.SubprocessError) as error:
             if wish == "1":
-                raise CompileError("LPSGD_CUDA=1, but there is no nvcc")
-            self.announce("There is no nvcc: lpsgd_ext will have no CUDA kernels", level=3)
+                raise
+            self.warn(f"lpsgd_ext will have no CUDA kernels: {error}")
             return []
+
+    def build_cuda(self) -> list[str]:
+        """Makes the fat binary of the CUDA kernels."""
+        nvcc = find_nvcc()
+        if not nvcc:
+            raise CompileError("there is no nvcc")
+        answer = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True)
+        release = re.search(r"release (\d+)\.(\d+)", answer.stdout)
+        version = (int(release[1]), int(release[2])) if release else (0, 0)
+        if version < LEAST_CUDA:
+            raise CompileError(
+                f"{nvcc} is of CUDA {version[0]}.{version[1]}, and "
+                f"{LEAST_CUDA[0]}.{LEAST_CUDA[1]} or later is needed"
+            )
         targets = cuda_targets(os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES)
         image = Path(self.build_temp, "lpsgd_cuda.fatbin").absolute()
         image.parent.mkdir(parents=True, exist_ok=True)
         jobs = f"--threads={os.environ.get('MAX_JOBS', 0)}"
         self.spawn([nvcc, *cuda_flags(targets), jobs, "csrc/lpsgd_cuda.cu", "-o", str(image)])
-        answer = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True)
-        version = re.search(r"release (\d+)\.(\d+)", answer.stdout)
-        assert version, answer.stdout
+        driver = "12.4" if version[0] < 13 else f"{version[0]}.0"  # as in csrc/lpsgd_cuda.c
+        self.announce(
+            f"lpsgd_ext has CUDA kernels for {' '.join(targets)}; on a GPU it will need an NVIDIA "
+            f"driver of CUDA {driver} or later (nvidia-smi shows it)",
+            level=logging.INFO,
+        )
         return [
             f'-DLPSGD_CUDA_IMAGE="{image}"',
-            f"-DLPSGD_CUDA_VERSION={int(version[1]) * 1000 + int(version[2]) * 10}",
+            f"-DLPSGD_CUDA_VERSION={version[0] * 1000 + version[1] * 10}",
             f'-DLPSGD_CUDA_ARCHITECTURES="{" ".join(targets)}"',
         ]
 
@@ -132,7 +159,7 @@ class BuildExt(build_ext):
             except (CompileError, LinkError):
                 if wish == "1":
                     raise
-                self.announce("OpenMP does not work: lpsgd_ext will run in one thread", level=3)
+                self.warn("OpenMP does not work: lpsgd_ext will run in one thread")
                 return False
         return True
 

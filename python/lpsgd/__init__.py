@@ -12,3 +12,7 @@ from ._schedule import CosineAnnealingP, LambdaP
 __version__ = lpsgd_ext.build_info()["version"]
 
 __all__ = ["LPSGD", "LPSGDM", "CosineAnnealingP", "LambdaP", "__version__", "suggest_pivot"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, ParamSpec, TypeVar, overload
 
@@ -17,12 +18,17 @@ from torch.optim.optimizer import (
 
 import lpsgd_ext
 
-from ._compiled import register, traced_step
-from ._unusual import Fresh, Lists, States, observed, unusual_step
+from ._checkpoints import buffers_of, fit_buffers, translate
+from ._compiled import register, running, traced_step
+from ._schedule import attach, schedule_of
+from ._unusual import Fresh, Lists, States, observed, sharing, span, unusual_step
 from ._values import check_values
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+# The optimizers whose step is running, with its hooks.
+_stepping: list[Optimizer] = []
 
 
 class LPOptimizer(Optimizer):
@@ -56,6 +62,16 @@ class LPOptimizer(Optimizer):
         self._number = register(self)
         if defaults["fused"]:
             self._step_supports_amp_scaling = True
+        self._take_over_schedule()
+
+    def _take_over_schedule(self) -> None:
+        """Horovod makes a new optimizer of the groups of one, which may have a schedule."""
+        groups = {id(group) for group in self.param_groups if "p_last_epoch" in group}
+        for other in running() if groups else ():
+            schedule = schedule_of(other)
+            if schedule is not None and groups & set(map(id, other.param_groups)):
+                attach(schedule, self)
+                break
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -63,11 +79,28 @@ class LPOptimizer(Optimizer):
             _store_dtype_by_name(param_group)
         super().add_param_group(param_group)
 
-    # Checkpoints.
+    # Copies and checkpoints.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch.optim's, which leaves hooks out; a schedule with `every_step=True` is kept."""
+        state: dict[str, Any] = super().__getstate__()
+        schedule = schedule_of(self)
+        if schedule is not None and schedule.every_step:
+            state["schedule"] = schedule
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state}
+        schedule = state.pop("schedule", None)
+        if "_loading" in self.__dict__:  # by torch.optim, which has checked the rest
+            saved, remark = self._loading
+            fit_buffers(state, saved, self.defaults.get("momentum_dtype"))
+            if remark:
+                warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=6)
         super().__setstate__(state)
         self._number = register(self)
+        if schedule is not None:
+            attach(schedule, self)
         for group in self.param_groups:
             for name, value in {**_signature_defaults(type(self)), **self.defaults}.items():
                 group.setdefault(name, value)
@@ -81,27 +114,52 @@ class LPOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch.optim's; float32 momentum buffers of bfloat16 parameters keep their bits."""
+        """As torch.optim's, also for a checkpoint of the other class or of torch.optim.SGD.
+
+        float32 momentum buffers of bfloat16 parameters keep their bits, and buffers get the strides
+        of their parameters.
+
+        SGD's lr and weight_decay mean something else, and it has no p: the groups keep the values
+        that they have. Its momentum buffers are taken, as the averages that LPSGDM keeps: times
+        (1 - momentum) / (1 - dampening). LPSGD drops momentum buffers; LPSGDM keeps its momentum
+        where it loads LPSGD's checkpoint. A warning says so.
+
+        Raises:
+            ValueError: for a checkpoint of yet another optimizer, and as torch.optim; then nothing
+                has changed.
+        """
         try:
-            with self.register_load_state_dict_pre_hook(lambda _, state: self._prepare_load(state)):
+            with self.register_load_state_dict_pre_hook(lambda _, given: self._translate(given)):
                 super().load_state_dict(state_dict)
         finally:
             self.__dict__.pop("_loading", None)
 
-    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
-        """Looks at a state_dict that is being loaded, after all other hooks."""
+    def _translate(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What is loaded in the place of a state_dict, after all other hooks."""
+        groups, has_momentum = self.param_groups, "momentum" in self._HYPER
+        translated, remark = translate(state_dict, groups, has_momentum)
+        self._loading = buffers_of(translated, groups) if has_momentum else {}, remark
+        return translated
 
     # The step.
 
     @staticmethod
     def profile_hook_step(func: Callable[_P, _R]) -> Callable[_P, _R]:
         """torch.optim's wrapper of `step`, which runs hooks and tells the profiler, left out while
-        there is neither: that is a third of a small step's time."""
+        there is neither: that is a third of a small step's time. In a class whose `step` calls its
+        base's, both are wrapped; what they make is one step."""
         hooked = Optimizer.profile_hook_step(func)
 
         @functools.wraps(func)
         def step(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            return (hooked if _has_hooks(args[0]) else func)(*args, **kwargs)
+            optimizer: Any = args[0]
+            if not _has_hooks(optimizer) or optimizer in _stepping:
+                return func(*args, **kwargs)
+            _stepping.append(optimizer)
+            try:
+                return hooked(*args, **kwargs)
+            finally:
+                _stepping.remove(optimizer)
 
         return step
 
@@ -126,6 +184,15 @@ class LPOptimizer(Optimizer):
         else:
             self._eager_step()
         return loss
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _shares_memory(self) -> bool:
+        """Whether a parameter is listed twice or shares memory with other tensors of a step, as far
+        as there are any when a graph is made."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        buffers = [self.state.get(param, {}).get("momentum_buffer") for param in params]
+        rows = zip(params, [param.grad for param in params], buffers, strict=True)
+        return bool(sharing([tuple(map(span, row)) for row in rows]))
 
     def _eager_step(self) -> None:
         if not self._usual_step():

@@ -27,10 +27,18 @@ def register(optimizer: "LPOptimizer") -> int:
     return number
 
 
+def running() -> "list[LPOptimizer]":
+    """Every optimizer there is."""
+    return list(_optimizers.values())
+
+
 def traced_step(optimizer: "LPOptimizer") -> None:
     """Makes a step in a way that Dynamo can trace."""
     # By any other way to the groups Dynamo would guard on all their values, lr and p included.
     groups = vars(optimizer)["param_groups"]
+    if optimizer._shares_memory():  # a graph writes to each tensor by itself
+        torch.compiler.disable(optimizer._eager_step)()  # type: ignore[no-untyped-call]
+        return
     # All gradients come before any state: Dynamo guards on the identity of what it reaches
     # through the keys of the state.
     streams: list[list[int]] = []

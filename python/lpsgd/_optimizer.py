@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """LPSGD and LPSGDM: the rule, the arguments and the state."""
 
-import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ import lpsgd_ext
 
 from ._base import LPOptimizer, defaults_of
 from ._unusual import Fresh, Lists, States
-from ._values import momentum_dtype_of
+from ._values import momentum_dtype_of, with_hints
 
 
 class LPSGD(LPOptimizer):
@@ -72,6 +71,7 @@ class LPSGD(LPOptimizer):
     _HYPER = ("lr", "p", "weight_decay", "eps", "pivot", "maximize")
     _SGD: ClassVar[dict[str, Any]] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,
@@ -140,6 +140,7 @@ class LPSGDM(LPOptimizer):
     _HYPER = ("lr", "p", "momentum", "weight_decay", "eps", "pivot", "maximize")
     _SGD: ClassVar[dict[str, Any]] = {"dampening": "momentum", "nesterov": False}
 
+    @with_hints
     def __init__(
         self,
         params: ParamsT,
@@ -160,32 +161,6 @@ class LPSGDM(LPOptimizer):
         seed: int = 0,
     ) -> None:
         super().__init__(params, defaults_of(locals()))
-
-    def _prepare_load(self, state_dict: dict[str, Any]) -> None:
-        saved = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
-        params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
-        self._loading = {}
-        for i, (number, param) in enumerate(zip(saved, params, strict=False)):
-            state = state_dict["state"].get(number)
-            if state is None:
-                continue
-            if "momentum_buffer" not in state:
-                raise ValueError(
-                    f"loaded state dict has no momentum_buffer in the state of parameter {i}: it "
-                    "is no checkpoint of LPSGDM or SGD"
-                )
-            if isinstance(state["momentum_buffer"], Tensor):
-                self._loading[param] = state["momentum_buffer"]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # torch.optim has cast the buffers that are being loaded to the parameters' dtype.
-        loading: dict[Tensor, Tensor] = self.__dict__.pop("_loading", {})
-        for group in self.param_groups:
-            for param in group["params"] if group["momentum_dtype"] is not None else ():
-                if param in loading:
-                    dtype = momentum_dtype_of(param, momentum_float32=True)
-                    self.state[param]["momentum_buffer"] = loading[param].to(param.device, dtype)
 
     def _gather(self, group: dict[str, Any], known: States, fresh: Fresh) -> Lists:
         params, grads, momentum_buffers = [], [], []
@@ -213,7 +188,7 @@ class LPSGDM(LPOptimizer):
     def _traced_buffers(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
-            if "momentum_buffer" not in state:
+            if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = _new_buffer(group, param)
         return [state["momentum_buffer"] for state in states]
 

@@ -38,6 +38,7 @@ def suggest_pivot(optimizer: Optimizer) -> float:
         different plain tensors (FSDP1, ZeRO), each gets a value of its own; they must agree on one.
 
     Raises:
+        TypeError: for another optimizer.
         RuntimeError: if there are no momentum buffers (gradients) yet, or nothing but zeros, or one
             that is not finite.
 
@@ -53,6 +54,8 @@ def suggest_pivot(optimizer: Optimizer) -> float:
         7.66
     """
     optimizer = _innermost(optimizer)
+    if not all("pivot" in group for group in optimizer.param_groups):
+        raise TypeError(f"suggest_pivot() needs an LPSGD or LPSGDM, not {type(optimizer).__name__}")
     norms, count = [0.0], 0
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -4,31 +4,22 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 from torch.optim.optimizer import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 import lpsgd_ext
 
 from ._unusual import changes_nothing
+from ._values import check_integer, with_hints
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-
-# Every optimizer's one hook, that of the schedule made last.
-_hooks: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
-
-
-def _note_step(calls: dict[str, bool], *hook_arguments: Any) -> None:
-    calls["optimizer.step"] = True
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -46,8 +37,14 @@ def _clock(optimizer: Optimizer) -> int | None:
     return next((group["p_last_epoch"] for group in groups if "p_last_epoch" in group), None)
 
 
-def _values(optimizer: Optimizer, name: str) -> list[Any]:
-    values = [group[name] for group in optimizer.param_groups]
+def _initial_p(optimizer: Optimizer) -> list[float]:
+    return [
+        group["initial_p"] if "initial_p" in group else float(group["p"])
+        for group in optimizer.param_groups
+    ]
+
+
+def _copies(values: Iterable[Any]) -> list[Any]:
     return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
@@ -65,6 +62,40 @@ def _outside_of_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+def attach(schedule: "_PScheduler", optimizer: Optimizer) -> None:
+    """Makes this the schedule of the optimizer, instead of any other. The optimizer keeps it."""
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        # An Optimizer whose constructor was never called, such as torchao's for offloading.
+        schedule._run["optimizer.step"] = True
+        return
+    for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+        for number in [number for number, hook in hooks.items() if _is_of_a_schedule(hook)]:
+            del hooks[number]
+    # Once more: timm's Lookahead has hooks, but nothing calls them before Optimizer does this.
+    optimizer._patch_step_function()
+    if schedule.every_step:
+        optimizer.register_step_pre_hook(schedule._p_before_step)
+        optimizer.register_step_post_hook(schedule._p_after_step)
+    else:
+        optimizer.register_step_post_hook(schedule._p_note_step)
+
+
+def schedule_of(optimizer: Optimizer) -> "_PScheduler | None":
+    """What the optimizer keeps of its schedule: all but the optimizer."""
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    return next((hook.__self__ for hook in hooks if _is_of_a_schedule(hook)), None)
+
+
+def _is_of_a_schedule(hook: Callable[..., Any]) -> bool:
+    # Not by isinstance: importlib.reload() makes the classes anew.
+    return getattr(hook, "__name__", "") in ("_p_before_step", "_p_after_step", "_p_note_step")
+
+
+# What moves this many times its total_iters was hardly meant to: batches were taken for epochs.
+# Small enough to be seen in the first epochs, too large for an end that is meant to come early.
+_FAR = 10
+
+
 class _PScheduler(LRScheduler):
     """What the schedules share. A subclass says in `_get_p` what p is.
 
@@ -72,15 +103,15 @@ class _PScheduler(LRScheduler):
     is not called: it would take over lr, and it keeps the clock in the scheduler.
     """
 
-    # Apart from the other attributes, so that a hook can have these without the optimizer.
+    # Apart from the other attributes, which are shared with what the optimizer keeps.
     __slots__ = ("optimizer",)
 
     every_step: bool
+    _get_lr_called_within_step = False
 
     def __init__(self, optimizer: Optimizer, last_epoch: int, every_step: bool) -> None:
         optimizer = _innermost(optimizer)
-        if not last_epoch >= -1:
-            raise ValueError(f"Invalid last_epoch: {last_epoch}")
+        last_epoch = check_integer("last_epoch", last_epoch, -1)
         for i, group in enumerate(optimizer.param_groups):
             if "p" not in group:
                 raise ValueError(f"param_groups[{i}] has no p to schedule")
@@ -89,60 +120,68 @@ class _PScheduler(LRScheduler):
                     f"param 'initial_p' is not specified in param_groups[{i}] "
                     "when resuming scheduler with last_epoch >= 0."
                 )
+        if every_step and not hasattr(optimizer, "_optimizer_step_post_hooks"):
+            raise TypeError(f"{type(optimizer).__name__} has no hooks for every_step=True")
         self.optimizer = optimizer
         self.every_step = every_step
+        groups = optimizer.param_groups
+        self.base_lrs = _copies(group.get("initial_lr", group.get("lr")) for group in groups)
         self._step_count = 1  # as after the constructor of LRScheduler
-        # Not an attribute of the optimizer, as torch has it: a compiled step would not set that.
-        self._calls = {"optimizer.step": False}
+        # Not attributes of the optimizer, as torch has it: a compiled step would not set those.
+        self._run: dict[str, Any] = {"optimizer.step": False, "next": None}
         self._set_p(optimizer, self.last_epoch if last_epoch == -1 else last_epoch + 1)
         self._attach()
 
+    # What the optimizer does for the schedule.
+
     def _attach(self) -> None:
-        """Makes this the schedule of the optimizer: one that drove itself does so no more."""
-        if self.optimizer in _hooks:
-            _hooks[self.optimizer].remove()
-        hook: Callable[..., None] = partial(_note_step, self._calls)
-        if self.every_step:
-            # The optimizer keeps what drives p. It must not keep itself alive through that.
-            driver = object.__new__(type(self))
-            driver.__dict__ = self.__dict__
-            hook = driver._drive
-        if not hasattr(self.optimizer, "_optimizer_step_post_hooks"):
-            # An Optimizer whose constructor was never called, such as torchao's for offloading.
-            if self.every_step:
-                raise TypeError(f"{type(self.optimizer).__name__} has no hooks for every_step=True")
-            self._calls["optimizer.step"] = True
-            return
-        # Once more: timm's Lookahead has hooks, but nothing calls them before Optimizer does this.
-        self.optimizer._patch_step_function()
-        _hooks[self.optimizer] = self.optimizer.register_step_post_hook(hook)
+        # Without its own attribute: the optimizer must not keep itself alive.
+        kept = object.__new__(type(self))
+        kept.__dict__ = self.__dict__
+        attach(kept, self.optimizer)
 
     @_outside_of_graphs
-    def _drive(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+    def _p_before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        epoch = (_clock(optimizer) or 0) + 1
+        self._check_move(epoch, _initial_p(optimizer))
+        self._run["next"] = epoch
+
+    @_outside_of_graphs
+    def _p_after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # In a class whose step calls its base's, torch.optim's own run the hooks more than once.
+        epoch, self._run["next"] = self._run["next"], None
         # A fused optimizer is told by GradScaler that it has to skip the step.
-        if not getattr(optimizer, "found_inf", False) and not changes_nothing(optimizer):
-            self._advance(optimizer)
+        skipped = getattr(optimizer, "found_inf", False) or changes_nothing(optimizer)
+        if epoch is not None and not skipped:
+            self._move(optimizer, epoch)
 
-    # torch.compile would compile anew for every value of the clock.
-    @_outside_of_graphs
-    def _advance(self, optimizer: Optimizer, epoch: int | None = None) -> None:
+    def _p_note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._run["optimizer.step"] = True
+
+    def _move(self, optimizer: Optimizer, epoch: int) -> None:
         count = self._step_count + 1  # first: a loaded one may be no number
-        self._set_p(optimizer, (_clock(optimizer) or 0) + 1 if epoch is None else epoch)
+        self._set_p(optimizer, epoch)
         self._step_count = count
+
+    # What p is.
 
     def _get_p(self, epoch: int, initial_p: list[float]) -> list[float]:
         """Every group's p after `epoch` steps."""
         raise NotImplementedError
 
+    def _check_move(self, epoch: int, initial_p: list[float]) -> None:
+        """Raises, before anything has changed, if a step to `epoch` cannot be made."""
+
     def _set_p(self, optimizer: Optimizer, epoch: int) -> None:
+        if not epoch >= -1:
+            raise ValueError(f"Invalid last_epoch: {epoch}")
         groups = optimizer.param_groups
-        initial_p = [
-            group["initial_p"] if "initial_p" in group else float(group["p"]) for group in groups
-        ]
+        initial_p = _initial_p(optimizer)
         # A group added later joins when the clock moves, not when a schedule is made or loaded.
         joins = epoch != _clock(optimizer)
         # Nothing has been written so far, so that a p out of range leaves the groups as they are.
-        for group, initial, p in zip(groups, initial_p, self._get_p(epoch, initial_p), strict=True):
+        values = self._get_p(max(epoch, 0), initial_p)
+        for group, initial, p in zip(groups, initial_p, values, strict=True):
             if not joins and "p_last_epoch" not in group:
                 continue
             group["initial_p"] = initial
@@ -152,10 +191,24 @@ class _PScheduler(LRScheduler):
             else:
                 group["p"] = p
 
+    # What LRScheduler has.
+
     @property
-    def last_epoch(self) -> int:  # type: ignore[override]
-        """The number of steps so far. The groups hold it."""
+    def last_epoch(self) -> int:
+        """The number of steps so far. The groups hold it.
+
+        It may be set, to an int of at least -1: as in torch, the next `step` goes on from there,
+        and `p` stays as it is until then.
+        """
         return _clock(self.optimizer) or 0
+
+    @last_epoch.setter
+    def last_epoch(self, last_epoch: int) -> None:
+        last_epoch = check_integer("last_epoch", last_epoch, -1)
+        groups = self.optimizer.param_groups
+        for group, initial_p in zip(groups, _initial_p(self.optimizer), strict=True):
+            group["initial_p"] = initial_p
+            group["p_last_epoch"] = last_epoch
 
     def step(self, epoch: int | None = None) -> None:
         """Moves every group's `p` one on. Call it after `optimizer.step()`.
@@ -172,7 +225,7 @@ class _PScheduler(LRScheduler):
                 f"`{name}.step()` must not be called with every_step=True: "
                 "the schedule moves on by itself after every `optimizer.step()`."
             )
-        if self._step_count == 1 and not self._calls["optimizer.step"]:
+        if self._step_count == 1 and not self._run["optimizer.step"]:
             warnings.warn(
                 f"Detected call of `{name}.step()` before `optimizer.step()`. You should call them "
                 f"in the opposite order: `optimizer.step()` before `{name}.step()`. Failure to do "
@@ -183,22 +236,43 @@ class _PScheduler(LRScheduler):
             )
         if epoch is not None:
             warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
-        self._advance(self.optimizer, epoch)
+        self._update_lr(epoch)
+
+    # SequentialLR calls it in the place of `step`. torch.compile would compile anew for every value
+    # of the clock.
+    @_outside_of_graphs
+    def _update_lr(self, epoch: int | None = None) -> None:
+        if epoch is None:
+            epoch = self.last_epoch + 1
+            self._check_move(epoch, _initial_p(self.optimizer))
+        self._move(self.optimizer, epoch)
 
     def get_last_p(self) -> list[float | Tensor]:
         """Every group's `p` as it is now."""
-        return _values(self.optimizer, "p")
+        return _copies(group["p"] for group in self.optimizer.param_groups)
 
     def get_last_lr(self) -> list[float | Tensor]:
         """Every group's `lr` as it is now. A schedule of p does not change it."""
-        return _values(self.optimizer, "lr")
+        return _copies(group["lr"] for group in self.optimizer.param_groups)
 
-    get_lr = get_last_lr
+    def get_lr(self) -> list[float | Tensor]:
+        """As `get_last_lr`. Within a step, such as Ignite's, p comes to where `last_epoch` is."""
+        if self._get_lr_called_within_step:
+            self._set_p(self.optimizer, self.last_epoch)
+        return self.get_last_lr()
+
+    @property
+    def _last_lr(self) -> list[float | Tensor]:
+        return self.get_last_lr()
+
+    @_last_lr.setter
+    def _last_lr(self, values: list[float | Tensor]) -> None:
+        """Whoever sets it has set the groups' lr, which says more."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer, whose own state_dict resumes a schedule by itself."""
         state = {**self.__dict__, "last_epoch": self.last_epoch}
-        del state["every_step"], state["_calls"]
+        del state["every_step"], state["_run"]
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -214,13 +288,30 @@ class _PScheduler(LRScheduler):
             self.__dict__.update(before)
             raise
 
+    # Copies.
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "optimizer": self.optimizer}
+        state = {**self.__dict__}
+        if hasattr(self, "optimizer"):
+            kept = schedule_of(self.optimizer)
+            attached = kept is not None and kept.__dict__ is self.__dict__
+            state.update(optimizer=self.optimizer, _attached=attached)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {**state}
+        attached = state.pop("_attached", False)
         for name, value in state.items():
             setattr(self, name, value)
-        self._attach()
+        if attached:
+            self._attach()
+
+    def __repr__(self) -> str:
+        own = ("base_lrs", "optimizer")
+        shown = {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k not in own}
+        if hasattr(self, "optimizer"):
+            shown |= {"last_epoch": self.last_epoch, "p": self.get_last_p()}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
 
 class CosineAnnealingP(_PScheduler):
@@ -238,18 +329,20 @@ class CosineAnnealingP(_PScheduler):
     k is kept in the group too, as `p_last_epoch`. So the optimizer's state_dict alone resumes the
     schedule, loaded before or after the schedule is made. A group added later joins the others at
     the next step: its `p` is then as far on the way from its own value as theirs. If that is
-    infinite, there is no way: the schedule's step raises, which with `every_step=True` comes after
-    the optimizer's.
+    infinite, there is no way: the schedule's step raises, or with `every_step=True` the
+    optimizer's, which then has changed nothing.
 
     Args:
         optimizer: an optimizer whose groups have a `p`, finite and :math:`\geq 2`.
-        total_iters: S, the number of epochs or steps, :math:`\geq 1`.
+        total_iters: S, the number of epochs or steps, :math:`\geq 1`, whichever `step` is called
+            for. After ten times as many a warning says that it may be the wrong one.
         p_min: the last value, finite and :math:`\geq 2`.
         last_epoch: the index of the last epoch that is over; the groups must have `initial_p`. -1
             goes on where the groups are, which is the start if they were never scheduled.
         every_step: the schedule moves on by itself after every `optimizer.step()`, except those
             that GradScaler skips. `step` must not be called then, and the schedule need not be
-            kept. A schedule made later for the same optimizer takes its place.
+            kept: the optimizer and its copies have it. A schedule made later for the same
+            optimizer takes its place.
 
     Raises:
         ValueError, TypeError, KeyError: for arguments out of range.
@@ -269,6 +362,7 @@ class CosineAnnealingP(_PScheduler):
         [2.0]
     """
 
+    @with_hints
     def __init__(
         self,
         optimizer: Optimizer,
@@ -278,9 +372,7 @@ class CosineAnnealingP(_PScheduler):
         *,
         every_step: bool = False,
     ) -> None:
-        if not total_iters >= 1:
-            raise ValueError(f"Invalid total_iters: {total_iters}")
-        self.total_iters = total_iters
+        self.total_iters = check_integer("total_iters", total_iters, 1)
         self.p_min = p_min
         super().__init__(optimizer, last_epoch, every_step)
 
@@ -290,6 +382,17 @@ class CosineAnnealingP(_PScheduler):
                 raise ValueError(f"param_groups[{i}] has p = {p}, which has no cosine")
         return [lpsgd_ext.cosine_p(epoch + 1, self.total_iters, p, self.p_min) for p in initial_p]
 
+    def _check_move(self, epoch: int, initial_p: list[float]) -> None:
+        self._get_p(epoch, initial_p)
+        if epoch == _FAR * self.total_iters + 1:
+            warnings.warn(
+                f"This is step {epoch} of a `{type(self).__name__}` with total_iters="
+                f"{self.total_iters}: p has been {self.p_min} since then. total_iters counts the "
+                "schedule's own steps: if it moves once per batch these are batches, not epochs.",
+                UserWarning,
+                stacklevel=5 + self.every_step,  # where `step` is called
+            )
+
 
 class LambdaP(_PScheduler):
     r"""Sets the `p` of every group to a function of the number of steps.
@@ -298,7 +401,8 @@ class LambdaP(_PScheduler):
         optimizer: an optimizer whose groups have a `p`.
         p_lambda: a function that takes k, the number of calls of `step` so far, and returns `p`
             itself, :math:`2 \leq p \leq \infty`; or a list of such functions, one for each group.
-            A group added later takes the last of them.
+            A group added later takes the last of them. An optimizer with `every_step=True` can be
+            pickled if they can, which lambdas cannot.
 
     The other arguments, and all that is said about `step`, resuming and groups added later, are
     those of :class:`CosineAnnealingP`.
@@ -322,6 +426,7 @@ class LambdaP(_PScheduler):
         [2.0]
     """
 
+    @with_hints
     def __init__(
         self,
         optimizer: Optimizer,
@@ -336,6 +441,9 @@ class LambdaP(_PScheduler):
         )
         if len(self.p_lambdas) != count:
             raise ValueError(f"Expected {count} p_lambdas, but got {len(self.p_lambdas)}")
+        for function in self.p_lambdas:
+            if not callable(function):
+                raise TypeError(f"p_lambda must be a function, not {type(function).__name__}")
         super().__init__(optimizer, last_epoch, every_step)
 
     def _get_p(self, epoch: int, initial_p: list[float]) -> list[float]:

@@ -3,6 +3,7 @@
 
 import functools
 import operator
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -27,9 +28,16 @@ States = deque[tuple[Tensor, dict[str, Any]]]
 Fresh = dict[Tensor, Tensor]  # the buffers that a step makes, by their parameters
 Call = Callable[[], None]
 
+Span = tuple[int, int]  # the address of a tensor's first byte and that behind its last one
+
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STATE_FOLLOWS = (
+    "; optimizer.load_state_dict(optimizer.state_dict()) lets the state follow a model that has "
+    "changed its dtype or device"
+)
+_STATE_STARTS_ANEW = "; optimizer.state.pop(param) lets a parameter of a new shape start anew"
 _NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
 
 
@@ -47,6 +55,7 @@ class Row(NamedTuple):
     tensors: tuple[Tensor, ...]  # the parameter, its gradient and what the state holds
     stream: int
     offset: int = 0
+    shares: bool = False  # see sharing(): torch.optim steps such rows one after the other
 
 
 def unusual_step(optimizer: "LPOptimizer") -> None:
@@ -138,10 +147,16 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
         for i, tensors in enumerate(zip(*lists, strict=True))
         for piece in _localize(Row(tensors, streams[i] if rounding else i), bool(rounding))
     ]
-    native_rows = [row for row in rows if in_c and _is_native(row.tensors)]
-    others = [row for row in rows if not (in_c and _is_native(row.tensors))]
+    for row in rows:
+        _check_buffers(row.tensors, "momentum_float32" in values)
+    spans = [tuple(map(span, row.tensors)) for row in rows]
+    for i in sharing(spans):
+        rows[i] = rows[i]._replace(shares=True)
+    native_rows, others = list[Row](), list[Row]()
+    for row, places in zip(rows, spans, strict=True):
+        (native_rows if in_c and _is_native(row, places) else others).append(row)
     if group["fused"] and others:
-        _refuse_fused(others, whole)
+        _refuse_fused(group, others, whole)
     if in_c:
         _warn_of_fallback(others)
     calls = _native_calls(optimizer, native_rows, values, rounding)
@@ -207,6 +222,47 @@ def _localize(row: Row, in_pieces: bool) -> list[Row]:
     return [Row(piece, row.stream, start) for piece, start in zip(pieces, starts, strict=True)]
 
 
+def span(tensor: Any) -> Span | None:
+    """Where a tensor has its elements, if that is known."""
+    if (
+        type(tensor) not in PLAIN_TYPES
+        or tensor.layout != torch.strided
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or not tensor.numel()
+    ):
+        return None
+    low = tensor.data_ptr()  # 0: on no device, or freed
+    contiguous = tensor.is_contiguous()
+    size = tensor.nbytes if contiguous else _extent(tensor) * tensor.element_size()
+    return (low, low + size) if low else None
+
+
+def sharing(rows: Iterable[Sequence[Span | None]]) -> set[int]:
+    """The indices of the rows that share memory to which a step writes, with each other or within
+    themselves."""
+    spans = sorted(
+        (*place, j != 1, i)
+        for i, places in enumerate(rows)
+        for j, place in enumerate(places)
+        if place
+    )
+    found: set[int] = set()
+    end, together = 0, list[tuple[bool, int]]()
+    for low, high, is_written, i in [*spans, (sys.maxsize, sys.maxsize, False, -1)]:
+        if low >= end:  # no span before reaches this one
+            if len(together) > 1 and any(written for written, _ in together):
+                found.update(i for _, i in together)
+            together = []
+        together.append((is_written, i))
+        end = max(end, high)
+    return found
+
+
+def _extent(tensor: Tensor) -> int:
+    """The number of elements between the first one and the end of the last one."""
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _columns(rows: Sequence[Row]) -> Lists:
     return [list(column) for column in zip(*(row.tensors for row in rows), strict=True)]
 
@@ -239,15 +295,18 @@ def observed() -> bool:
     )
 
 
-def _is_native(tensors: tuple[Tensor, ...]) -> bool:
+def _is_native(row: Row, places: Sequence[Span | None]) -> bool:
     """Whether the C kernels are meant for this parameter and what goes with it."""
-    param, grad, *_ = tensors
+    param, grad, *_ = row.tensors
     device = param.device
     return (
         device.type in ("cpu", "cuda")
+        and not row.shares
         and _cuda_refusal(device) is None
         and grad.dtype == param.dtype in _NATIVE_DTYPES
-        and all(_has_native_memory(param, tensor) for tensor in tensors)
+        and all(_has_native_memory(param, tensor) for tensor in row.tensors)
+        # PyTorch's operations could not step it on a GPU either: there C refuses it.
+        and (param.is_cuda or all(map(is_aligned, row.tensors, places)))
         and _is_dense(param)
     )
 
@@ -269,6 +328,11 @@ def _has_native_memory(param: Tensor, other: Tensor) -> bool:
         and not other.is_neg()
         and other.stride() == param.stride()
     )
+
+
+def is_aligned(tensor: Tensor, place: Span | None) -> bool:
+    """Whether it begins at a multiple of its element size, where that is known."""
+    return place is None or place[0] % tensor.element_size() == 0
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -349,26 +413,29 @@ def _eager_calls(
     rows: Iterable[Row], use_foreach: bool, values: dict[str, Any], rounding: dict[str, int]
 ) -> list[Call]:
     """The step in PyTorch's operations; checks the rows."""
-    values = dict(values)
-    momentum_float32 = values.pop("momentum_float32", False)
+    values = {name: value for name, value in values.items() if name != "momentum_float32"}
 
     def can_foreach(row: Row) -> bool:
         param = row.tensors[0]
         return (
             use_foreach
+            and not row.shares
             and all(type(t) in PLAIN_TYPES and not t.is_neg() for t in row.tensors)
             and not param.is_complex()
             and not (rounding and param.dtype == torch.bfloat16)
         )
 
-    def key(row: Row) -> tuple[bool, str, str]:
-        return can_foreach(row), str(row.tensors[0].device), str(row.tensors[0].dtype)
+    def key(row: Row) -> tuple[str, ...]:  # one by one they keep their order
+        param = row.tensors[0]
+        return (str(param.device), str(param.dtype)) if can_foreach(row) else ()
 
     rows = sorted(rows, key=key)
     for row in rows:
-        _check_eager(row.tensors, momentum_float32)
+        _check_eager(row.tensors)
+        if row.shares:
+            _check_eager_overlaps(row.tensors)
     calls: list[Call] = []
-    for (in_foreach, *_), group in groupby(rows, key=key):
+    for in_foreach, group in groupby(rows, key=key):
         same = list(group)
         params, grads, *buffers = _columns(same)
         momentum_buffers = buffers[0] if buffers else None
@@ -389,7 +456,9 @@ def _check_capturable(params: Sequence[Tensor]) -> None:
         raise AssertionError(f"If capturable=True, params must be on supported devices: {devices}.")
 
 
-def _refuse_fused(rows: Sequence[Row], whole: Callable[..., None] | None) -> NoReturn:
+def _refuse_fused(
+    group: dict[str, Any], rows: Sequence[Row], whole: Callable[..., None] | None
+) -> NoReturn:
     """Raises what is wrong with rows that C cannot step although `fused=True`: in torch.optim's
     words, or else in those of C, which has refused `whole`, the step of the whole list."""
     supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
@@ -405,54 +474,71 @@ def _refuse_fused(rows: Sequence[Row], whole: Callable[..., None] | None) -> NoR
         refusal = _cuda_refusal(param.device)
         if refusal:
             raise RuntimeError(f"`fused=True` cannot be used on {param.device}: {refusal}")
+    if any(row.shares for row in rows):
+        _refuse_listed_twice(group)
     if whole:
         whole(dry_run=True)
     raise RuntimeError("`fused=True` needs tensors that C can step")
 
 
-def _check_eager(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
-    """What PyTorch's own operations would not refuse, or only after some have been made."""
-    param, grad, *buffers = tensors
+def _refuse_listed_twice(group: dict[str, Any]) -> None:
+    places = group.get("param_names") or [f"params[{i}]" for i in range(len(group["params"]))]
+    first: dict[int, str] = {}
+    for place, param in zip(places, group["params"], strict=True):
+        if first.setdefault(id(param), place) != place:
+            raise ValueError(
+                "`fused=True` cannot step a parameter that is listed twice in its group: "
+                f"{first[id(param)]} and {place} are one"
+            )
+
+
+def _check_buffers(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
+    """That a momentum_buffer fits its parameter, whatever steps them."""
+    param, _, *buffers = tensors
     for buffer in buffers:
         if type(buffer) not in (*PLAIN_TYPES, type(param)):
             raise TypeError(
                 f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
             )
-    _check_eager_match(param, grad, buffers, momentum_float32)
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # no memory to look at
-    for tensor in (param, *buffers):
-        _check_eager_written(tensor, transformed)
-    if not transformed and any(
-        type(tensor) in PLAIN_TYPES and _is_out_of_bounds(tensor) for tensor in tensors
-    ):
-        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
+        _check_shape_and_device("momentum_buffer", param, buffer)
+        expected = momentum_dtype_of(param, momentum_float32)
+        if buffer.dtype != expected:
+            raise RuntimeError(
+                f"momentum_buffer must be {expected}, but is {buffer.dtype}{_STATE_FOLLOWS}"
+            )
 
 
-def _check_eager_match(
-    param: Tensor, grad: Tensor, buffers: Sequence[Tensor], momentum_float32: bool
-) -> None:
-    tensors = (param, grad, *buffers)
+def _check_shape_and_device(name: str, param: Tensor, other: Tensor) -> None:
+    is_state = name == "momentum_buffer"
+    if other.shape != param.shape:
+        raise RuntimeError(
+            f"{name} must have the parameter's shape, {tuple(param.shape)}, but has "
+            f"{tuple(other.shape)}{_STATE_STARTS_ANEW if is_state else ''}"
+        )
+    if other.device != param.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{param.device} and {other.device}!{_STATE_FOLLOWS if is_state else ''}"
+        )
+
+
+def _check_eager(tensors: tuple[Tensor, ...]) -> None:
+    """What PyTorch's own operations would not refuse, or only after some have been made."""
+    param, grad, *buffers = tensors
     if any(tensor.layout != torch.strided for tensor in tensors):
         raise RuntimeError(_NO_SPARSE)
-    for tensor in tensors[1:]:
-        if tensor.shape != param.shape:
-            raise RuntimeError(
-                f"gradient and momentum_buffer must have the parameter's shape, "
-                f"{tuple(param.shape)}, but got {tuple(tensor.shape)}"
-            )
-        if tensor.device != param.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, "
-                f"but found at least two devices, {param.device} and {tensor.device}!"
-            )
+    _check_shape_and_device("gradient", param, grad)
     if param.dtype not in _NATIVE_DTYPES and not param.is_complex():
         raise RuntimeError(f"LPSGD and LPSGDM cannot step parameters of {param.dtype}")
     if grad.is_complex() != param.is_complex():
         raise RuntimeError(f"a gradient of {grad.dtype} does not fit a parameter of {param.dtype}")
-    for buffer in buffers:
-        expected = momentum_dtype_of(param, momentum_float32)
-        if buffer.dtype != expected:
-            raise RuntimeError(f"momentum_buffer must be {expected}, but is {buffer.dtype}")
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # no memory to look at
+    for tensor in (param, *buffers):
+        _check_eager_written(tensor, transformed)
+    if not transformed and any(
+        type(tensor) in PLAIN_TYPES and is_out_of_bounds(tensor) for tensor in tensors
+    ):
+        raise RuntimeError("a tensor reaches beyond its storage, which has been resized since")
 
 
 def _check_eager_written(tensor: Tensor, transformed: bool) -> None:
@@ -472,10 +558,30 @@ def _check_eager_written(tensor: Tensor, transformed: bool) -> None:
         )
 
 
-def _is_out_of_bounds(tensor: Tensor) -> bool:
+def _check_eager_overlaps(tensors: tuple[Tensor, ...]) -> None:
+    """PyTorch adds no gradient to a buffer that overlaps with it in part."""
+    _, grad, *buffers = tensors
+    read = span(grad)
+    for buffer in buffers:
+        written = span(buffer)
+        if (
+            read
+            and written
+            and max(read[0], written[0]) < min(read[1], written[1])
+            and not (read == written and grad.stride() == buffer.stride())
+            and _is_dense(grad)
+            and _is_dense(buffer)
+        ):
+            raise RuntimeError(
+                "unsupported operation: some elements of the input tensor and the written-to "
+                "tensor refer to a single memory location. Please clone() the tensor before "
+                "performing the operation."
+            )
+
+
+def is_out_of_bounds(tensor: Tensor) -> bool:
     """Whether the tensor reaches beyond its storage, which PyTorch's operations don't notice."""
     if tensor.device.type == "meta" or tensor.numel() == 0:
         return False
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    end = (tensor.storage_offset() + _extent(tensor)) * tensor.element_size()
     return bool(end > tensor.untyped_storage().nbytes())

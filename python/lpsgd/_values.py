@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""The values of a parameter group: their checks, and what the classes read out of them."""
+"""The values of a parameter group: their checks, and what the classes read out of them. The checks
+of other arguments."""
 
+import functools
+import inspect
+import numbers
+import operator
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
 from ._eager import HALF_DTYPES
+
+_P = ParamSpec("_P")
 
 FLOAT32 = (torch.float32, "float32")  # the two ways to write momentum_dtype
 
@@ -19,6 +27,50 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eps": ("epsilon value", lambda value: value >= 0.0),
     "pivot": ("pivot value", lambda value: 0.0 < value < float("inf")),
 }
+
+
+# What the arguments of other optimizers and schedulers are called here.
+_HINTS = {
+    "T_max": "it is called total_iters",
+    "betas": "LPSGDM has momentum, which is one number",
+    "dampening": "LPSGDM's momentum_buffer is an average, as with dampening=momentum",
+    "eta_min": "the last p is called p_min",
+    "lr_lambda": "it is called p_lambda",
+    "momentum": "LPSGDM has it",
+    "nesterov": "there is no Nesterov momentum",
+}
+
+
+def with_hints(function: Callable[_P, None]) -> Callable[_P, None]:
+    """A constructor that says more where it is given an argument of another optimizer's."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except TypeError as error:
+            unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            at_once = error.__traceback__ and error.__traceback__.tb_next is None
+            if unexpected and at_once and unexpected[1] in _HINTS:
+                error.args = (f"{error} ({_HINTS[unexpected[1]]})",)
+            raise
+
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return call
+
+
+def check_integer(name: str, value: Any, least: int) -> int:
+    """The argument as an int, which a float may be that is one, such as 10.0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
+        whole = float(value)
+        number = int(whole) if whole.is_integer() else least - 1
+    if number < least:
+        raise ValueError(f"Invalid {name}: {value}")
+    return number
 
 
 def check_values(values: dict[str, Any]) -> None:
@@ -51,7 +103,10 @@ def _check_range(name: str, value: Any) -> None:
     except (TypeError, NotImplementedError):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}") from None
     if not valid:
-        raise ValueError(f"Invalid {text}: {value}")
+        # torch.optim.SGD's third argument is momentum.
+        is_momentum = name == "p" and 0.0 <= value < 1.0
+        hint = " (the argument after lr is p; momentum is passed by name)" if is_momentum else ""
+        raise ValueError(f"Invalid {text}: {value}{hint}")
 
 
 def is_on_cuda(value: Any) -> bool:

@@ -2,6 +2,7 @@
 """torch.distributed.checkpoint: what one sharding saves, another and one process go on from."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -150,6 +151,31 @@ def exchange_full_state_dicts(kind):
 @pytest.mark.parametrize("kind", ["LPSGDM", "low precision"])
 def test_full_state_dict_is_that_of_one_process(kind):
     on_ranks(2, exchange_full_state_dicts, kind)
+
+
+def go_on_from_sgd():
+    for shard_as in (shard, parallelize):
+        model, optimizer, schedule = make("LPSGDM", shard_as, fused=True)
+        groups = [{"params": layer.parameters()} for layer in (model[0], model[2])]
+        sgd = torch.optim.SGD(groups, lr=0.3, momentum=0.9, dampening=0.5, foreach=False)
+        train(model, sgd, torch.optim.lr_scheduler.ConstantLR(sgd), range(2))
+        state = get_optimizer_state_dict(model, sgd)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            set_optimizer_state_dict(model, optimizer, state)
+        remarks = [str(one.message) for one in caught if "another optimizer's" in str(one.message)]
+        assert len(remarks) == 1 and "taken, times 0.2" in remarks[0], remarks
+        for param in model.parameters():
+            expected = sgd.state[param]["momentum_buffer"] * ((1.0 - 0.9) / (1.0 - 0.5))
+            buffer = optimizer.state[param]["momentum_buffer"]
+            assert torch.equal(buffer.full_tensor(), expected.full_tensor())
+        group = optimizer.param_groups[0]
+        assert (group["lr"], group["weight_decay"]) == (0.1, 0.1) and group["p"] > 2.0
+        train(model, optimizer, schedule, range(2, 4))
+
+
+def test_lpsgdm_goes_on_from_sgds_distributed_checkpoint():
+    on_ranks(2, go_on_from_sgd)
 
 
 def save_often():

@@ -302,3 +302,31 @@ def step_what_is_refused():
 
 def test_what_cannot_be_stepped_shard_by_shard_is_refused():
     on_ranks(2, step_what_is_refused)
+
+
+def step_what_is_listed_twice(rounding):
+    stochastic = rounding == "stochastic"
+    dtype = torch.bfloat16 if stochastic else torch.float32
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for cls, shape, placement in itertools.product(
+        CLASSES, [(5,), (7, 5)], [Shard(0), Replicate()]
+    ):
+        twin = torch.nn.Parameter(randn(shape, dtype, 0))
+        param = torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, [placement]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.optim says that it is there twice
+            optimizer, twin_optimizer = (
+                cls([one, one], lr=0.1, p=2.0, stochastic_rounding=stochastic)
+                for one in (param, twin)
+            )
+        for step in range(2):
+            twin.grad = randn(shape, dtype, 1 + step)
+            param.grad = distribute_tensor(twin.grad, mesh, [placement])
+            optimizer.step()
+            twin_optimizer.step()
+            assert_same_step(optimizer, twin_optimizer, (cls, shape, placement, step))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_parameter_that_is_listed_twice_is_stepped_as_in_one_process(rounding):
+    on_ranks(2, step_what_is_listed_twice, rounding)

@@ -4,10 +4,12 @@
 import lightning.pytorch as lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import lpsgd
+import lpsgd_ext
 from helpers import CLASSES, assert_same_bits
 
 EPOCHS = 4
@@ -146,3 +148,23 @@ def test_it_resumes_in_the_middle_of_the_schedule(cls, drive, tmp_path):
     assert_same_bits(whole, second)
     p, resumed_p = (each.optimizers[0].param_groups[0]["p"] for each in (uninterrupted, resumed))
     assert 2.0 < p == resumed_p < 6.0
+
+
+@pytest.mark.parametrize("drive", ["itself", "epoch"])
+def test_averaging_of_weights_leaves_what_drives_itself_alone(drive, tmp_path):
+    """StochasticWeightAveraging puts a scheduler of its own into the place of the first one."""
+
+    class Averaged(Module):
+        def configure_optimizers(self):
+            optimizers, (_, *schedules) = super().configure_optimizers()
+            return optimizers, schedules
+
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    total_iters = EPOCHS * BATCHES + 1 if drive == "itself" else EPOCHS + 1
+    module = Averaged(lpsgd.LPSGDM, total_iters, drive)
+    trainer = fit(module, tmp_path, callbacks=[averaging])
+    p = trainer.optimizers[0].param_groups[0]["p"]
+    if drive == "itself":
+        assert p == 2.0
+    else:
+        assert p == lpsgd_ext.cosine_p(1 + 1, total_iters, 6.0)  # of one epoch, then SWA's own

@@ -171,6 +171,15 @@ def make(chance):
     return optimizer, schedule
 
 
+def checkpoint_of_sgd(optimizer):
+    """What torch.optim.SGD saves that has made a step with the same parameters."""
+    groups = [{"params": group["params"]} for group in copy.deepcopy(optimizer.param_groups)]
+    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    set_grads(sgd)
+    sgd.step()
+    return sgd.state_dict()
+
+
 def set_grads(optimizer):
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -226,6 +235,8 @@ def one(number):
     torch.manual_seed(number)
     optimizer, schedule = make(chance)
     checkpoint = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    if chance.randrange(4) == 0:
+        checkpoint["optimizer"] = checkpoint_of_sgd(optimizer)
     checkpoint = copy.deepcopy(checkpoint)
     how = chance.choice(
         ["values", "values", "values", "pickled object", "file", "record", "old file"]

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lpsgd
-from helpers import CLASSES, bits
+from helpers import CLASSES, bits, parameters, same_bits, set_grads, steps
 
 BACKENDS = ["eager", "aot_eager", "inductor"]
 
@@ -106,6 +106,17 @@ def test_a_parameter_without_gradient_is_left_alone(cls):
     before = model[0].weight.detach().clone()
     torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)()
     assert torch.equal(model[0].weight, before) and model[0].weight not in optimizer.state
+
+
+@pytest.mark.parametrize("left", [{}, {"z": torch.ones(4)}, {"momentum_buffer": None}])
+def test_a_compiled_step_makes_the_momentum_buffer_that_a_state_lacks(left):
+    params, others = parameters(), parameters()
+    optimizer = lpsgd.LPSGDM(params)
+    optimizer.state[params[1]].update(left)
+    set_grads(params)
+    torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)()
+    steps(lpsgd.LPSGDM(others), others, [1])
+    assert same_bits(params, others)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -10,8 +10,10 @@ import torch
 from torch.nn import Parameter
 from torch.optim import SGD
 
+import lpsgd
 from conventions import OPTIMIZERS, configurations, implementations
 from helpers import CLASSES, DTYPES, parameters, same_bits, set_grads, steps
+from lpsgd import LPSGD
 
 ERRORS = [
     pytest.param(info.optim_cls, *error, id=f"{info.optim_cls.__name__}-{error[0]}")
@@ -36,6 +38,42 @@ def test_arguments_stand_where_sgd_has_them(cls):
         assert ours[name].kind == theirs[name].kind
     assert cls(parameters(), 0.5).param_groups[0]["lr"] == 0.5
     assert cls(lr=0.5, params=parameters()).param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_arguments_of_other_optimizers_are_refused_with_what_is_here_instead(cls):
+    class Derived(cls):
+        def __init__(self, params, **others):
+            super().__init__(params, **others)
+
+    hints = {"nesterov": "no Nesterov", "dampening": "dampening=momentum", "betas": "has momentum"}
+    if cls is LPSGD:
+        hints["momentum"] = "LPSGDM has it"
+    for name, hint in hints.items():
+        message = (
+            rf"{cls.__name__}.__init__\(\) got an unexpected keyword argument '{name}' .*{hint}"
+        )
+        for one in (cls, Derived):
+            with pytest.raises(TypeError, match=message):
+                one(parameters(), **{name: 0.9})
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'betta'$"):
+        cls(parameters(), betta=0.9)
+    with pytest.raises(ValueError, match=r"Invalid p value: 0\.9 .*momentum is passed by name"):
+        cls(parameters(), 0.1, 0.9)
+    with pytest.raises(ValueError, match=r"Invalid p value: 1\.0$"):
+        cls(parameters(), 0.1, 1.0)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_way_to_ask_for_the_signature_answers(cls):
+    names = list(inspect.signature(cls).parameters)
+    specification = inspect.getfullargspec(cls.__init__)
+    assert names[:3] == ["params", "lr", "p"] and names[-1] == "seed"
+    assert specification.args[1:] + specification.kwonlyargs == names
+
+
+def test_the_package_shows_its_public_names_alone():
+    assert dir(lpsgd) == sorted(lpsgd.__all__)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -213,14 +213,25 @@ def test_the_state_has_no_empty_dicts_and_no_none(make):
 # torch.optim.SGD's checkpoints
 
 
+def load_into_sgd(sgd, state_dict):
+    """The way of docs/python.md."""
+    for group, own in zip(state_dict["param_groups"], sgd.param_groups, strict=True):
+        group.update(lr=own["lr"], weight_decay=own["weight_decay"])
+    sgd.load_state_dict(state_dict)
+
+
 @pytest.mark.parametrize("is_named", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("how", [{"foreach": False}, {"fused": True}])
-def test_training_goes_from_sgd_to_us_and_back_with_sgds_numbers(is_named, momentum, how):
-    """p = 2 is SGD, for LPSGDM SGD with dampening; the fused SGD rounds in another order."""
+@pytest.mark.parametrize("dampening", [0.0, 0.5, 0.9])
+def test_training_goes_from_sgd_to_us_and_back_with_sgds_numbers(
+    is_named, momentum, dampening, how
+):
+    """p = 2 is SGD, with an lr for averages of gradients; the fused SGD rounds in another order."""
     params = parameters()
     whole, others, last = (copies(params) for _ in range(3))
-    values = {"lr": 0.1, "momentum": momentum, "dampening": momentum}
+    values = {"lr": 0.1, "momentum": momentum, "dampening": dampening}
+    lr = 0.1 * (1.0 - dampening) / (1.0 - momentum) if momentum else 0.1
     uninterrupted = SGD(whole, **values, foreach=False)
     steps(uninterrupted, whole, range(9))
 
@@ -228,14 +239,15 @@ def test_training_goes_from_sgd_to_us_and_back_with_sgds_numbers(is_named, momen
     steps(sgd, params, range(3))
     for other, param in zip(others, params, strict=True):
         other.data.copy_(param.detach())
-    ours = (lpsgd.LPSGDM if momentum else lpsgd.LPSGD)(others, lr=99.0, p=2.0)
-    ours.load_state_dict(saved(sgd.state_dict()))
+    ours = (lpsgd.LPSGDM if momentum else lpsgd.LPSGD)(others, lr=lr, p=2.0)
+    with pytest.warns(UserWarning, match="the groups keep this optimizer's values"):
+        ours.load_state_dict(saved(sgd.state_dict()))
     steps(ours, others, range(3, 6))
 
     for param, other in zip(last, others, strict=True):
         param.data.copy_(other.detach())
-    again = SGD(last, lr=99.0)
-    again.load_state_dict(saved(ours.state_dict()))
+    again = SGD(last, lr=lr)
+    load_into_sgd(again, saved(ours.state_dict()))
     steps(again, last, range(6, 9))
     for param, expected in zip(last, whole, strict=True):
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
@@ -269,7 +281,7 @@ def test_a_state_that_is_not_a_momentum_is_refused_and_nothing_loaded():
     steps(adam, params, [0])
     steps(ours, params, [0])
     before = plain(copy.deepcopy(ours.state_dict()))
-    with pytest.raises(ValueError, match="no momentum_buffer in the state of parameter 0"):
+    with pytest.raises(ValueError, match="exp_avg_sq in the state of parameter 0: it is no"):
         ours.load_state_dict(adam.state_dict())
     assert plain(ours.state_dict()) == before
 
@@ -382,6 +394,35 @@ def test_a_hook_of_all_optimizers_runs_alone(cls, register):
     finally:
         handle.remove()
     assert ran == [optimizer]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("bases_are_used", [False, True])
+def test_hooks_run_once_where_a_class_calls_the_step_of_its_base(cls, bases_are_used):
+    class Middle(cls):
+        def step(self, closure=None):
+            ran.append("middle")
+            return super().step(closure)
+
+    class Outer(Middle):
+        def step(self, closure=None):
+            return super().step(closure) or super().step(closure)
+
+    for base in (cls, Middle) if bases_are_used else ():
+        base(parameters())
+    optimizer, ran = Outer(parameters()), []
+    optimizer.register_step_pre_hook(lambda *_: ran.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("post"))
+    handle = register_optimizer_step_post_hook(lambda *_: ran.append("global post"))
+    try:
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        assert ran == ["pre", "middle"]
+        ran.clear()
+        optimizer.step()
+        assert ran == ["pre", "middle", "middle", "post", "global post"]
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("cls", CLASSES)

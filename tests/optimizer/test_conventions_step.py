@@ -480,3 +480,17 @@ def test_the_profiler_shows_the_step_by_its_name(cls):
     names = {event.key for event in profile.key_averages()}
     assert f"Optimizer.step#{cls.__name__}.step" in names
     assert f"Optimizer.zero_grad#{cls.__name__}.zero_grad" in names
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_profiler_shows_one_step_where_a_class_calls_that_of_its_base(cls):
+    class Derived(cls):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    cls(parameters())
+    optimizer = Derived(parameters())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    events = [event for event in profile.events() if event.name.startswith("Optimizer.step")]
+    assert [event.name for event in events] == ["Optimizer.step#Derived.step"]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The package's builds: wheel, sdist, other compilers, no OpenMP."""
 
+import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -93,6 +95,69 @@ def test_cuda_is_built_for_what_the_environment_asks_and_never_left_over(source,
     calls = (tmp_path / "calls").read_text()
     assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a" in calls
     assert "--threads=3" in calls
+
+
+def build_with_scripts(source, compiler, nvcc, **environment):
+    """The status and all output of a build whose compiler and nvcc are shell scripts. The compiler
+    writes its options to `calls`."""
+    for name, script in (("cc", f'echo "$@" >>{source}/calls\n{compiler}'), ("nvcc", nvcc)):
+        (source / name).write_text(f"#!/bin/sh\n{script}\n")
+        (source / name).chmod(0o755)
+    build = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=source,
+        env={**os.environ, "CC": str(source / "cc"), "NVCC": str(source / "nvcc"), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    return build.returncode, build.stdout
+
+
+RELEASE = 'if [ "$1" = --version ]; then echo "release {}"; exit; fi; '
+COMPILER = 'while [ "$1" ]; do [ "$1" = -o ] && touch "$2"; shift; done'
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "why"),
+    [
+        (RELEASE.format("12.4"), "is of CUDA 12.4, and 12.8 or later is needed"),
+        (RELEASE.format("13.0") + "exit 1", "exit code 1"),  # for instance without a fitting g++
+        ("exit 3", "returned non-zero exit status 3"),
+    ],
+    ids=["too old", "broken", "without a version"],
+)
+def test_build_beside_an_nvcc_that_does_not_serve_has_no_kernels_and_says_why(source, nvcc, why):
+    status, output = build_with_scripts(source, COMPILER, nvcc)
+    assert status == 0, output
+    assert re.search(f"lpsgd_ext will have no CUDA kernels: .*{why}", output), output
+    assert "LPSGD_CUDA_IMAGE" not in (source / "calls").read_text()
+    status, output = build_with_scripts(source, COMPILER, nvcc, LPSGD_CUDA="1")
+    assert status != 0
+    assert why in output
+
+
+def test_build_with_a_compiler_that_has_no_openmp_says_so(source):
+    no_openmp = f'case "$*" in *-fopenmp*) exit 1;; esac; {COMPILER}'
+    status, output = build_with_scripts(source, no_openmp, "exit 1", LPSGD_CUDA="0")
+    assert status == 0, output
+    assert "OpenMP does not work: lpsgd_ext will run in one thread" in output
+
+
+def test_build_says_which_driver_the_kernels_will_need(source):
+    for release, driver in (("12.9", "12.4"), ("13.1", "13.0")):
+        status, output = build_with_scripts(source, COMPILER, RELEASE.format(release))
+        assert status == 0, output
+        assert f"it will need an NVIDIA driver of CUDA {driver} or later" in output
+    assert "-DLPSGD_CUDA_VERSION=13010" in (source / "calls").read_text()
+
+
+def test_build_without_a_compiler_that_works_names_the_packages_to_install(source):
+    status, output = build_with_scripts(source, "exit 1", "exit 1", LPSGD_CUDA="0")
+    assert status != 0
+    last = output.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "apt install gcc python3-dev" in last
 
 
 def test_module_exports_its_init_function_alone(source):

@@ -71,3 +71,9 @@ def test_it_changes_nothing():
     suggest_pivot(optimizer)
     assert all(map(torch.equal, before[0], (param, param.grad, buffer)))
     assert buffer._version == before[1]
+
+
+def test_another_optimizer_is_refused_as_one():
+    optimizer = torch.optim.SGD([Parameter(torch.zeros(1))])
+    with pytest.raises(TypeError, match=r"suggest_pivot\(\) needs an LPSGD or LPSGDM, not SGD"):
+        suggest_pivot(optimizer)

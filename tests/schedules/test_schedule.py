@@ -4,11 +4,13 @@
 import collections
 import copy
 import gc
+import importlib
 import io
 import math
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,6 +136,52 @@ def test_after_k_steps_p_is_eq_19_at_k_plus_1_in_every_group(every_step):
         expected = [lpsgd_ext.cosine_p(s, 10, p_max, 2.5) for p_max in (6.0, 9.0)]
         assert (schedule.last_epoch, schedule.get_last_p(), ps(groups)) == (k, expected, expected)
         advance(groups, schedule)
+
+
+def derived(base):
+    """A class as one writes it, to do something before or after the step."""
+
+    class Derived(base):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    return Derived
+
+
+def derived_at_run_time(base):
+    """As Horovod's DistributedOptimizer is made."""
+
+    def step(self, closure=None):
+        return super(cls, self).step(closure)
+
+    cls = type(base.__name__, (base,), {"step": step})
+    return cls
+
+
+@pytest.mark.parametrize("base", [lpsgd.LPSGD, torch.optim.SGD])
+@pytest.mark.parametrize("derive", [derived, derived_at_run_time])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_step_of_a_derived_class_is_one_step(base, derive, depth, used_before):
+    param = Parameter(torch.ones(1))
+    for _ in range(depth):
+        base = derive(base)
+        if used_before:
+            base([param], lr=0.1).step()  # torch.optim wraps the step of this class then
+    groups = base([{"params": [param], "p": 6.0}], lr=0.1)
+    schedule = cosine(groups, every_step=True)
+    for k in range(4):
+        assert schedule.last_epoch == k
+        param.grad = torch.ones(1)
+        groups.step(lambda: 1.0)
+
+
+def test_a_closure_that_steps_another_optimizer_makes_a_step_of_each():
+    cls = derived(lpsgd.LPSGD)
+    outer, inner = (cls([{"params": [Parameter(torch.ones(1))], "p": 6.0}]) for _ in range(2))
+    schedules = [cosine(groups, every_step=True) for groups in (outer, inner)]
+    outer.step(inner.step)
+    assert [schedule.last_epoch for schedule in schedules] == [1, 1]
 
 
 class WithoutConstructor(torch.optim.Optimizer):
@@ -311,6 +359,7 @@ def test_last_epoch_without_initial_p_is_refused(make):
     assert "p_last_epoch" not in groups.param_groups[0]
 
 
+@pytest.mark.filterwarnings("ignore:This is step")  # total may be a tenth of k
 @settings(deadline=None)
 @given(
     p_max=st.floats(2.0, 1e300),
@@ -417,6 +466,20 @@ def test_infinite_p_has_no_cosine():
     assert (schedule.last_epoch, ps(groups)) == (0, [6.0, math.inf])
 
 
+def test_a_group_that_cannot_join_stops_the_step_before_it_is_made():
+    groups = optimizer(6.0)
+    cosine(groups, every_step=True)
+    groups.add_param_group({"params": [Parameter(torch.zeros(1))], "p": math.inf})
+    param = groups.param_groups[0]["params"][0]
+    param.grad = torch.ones(1)
+    with pytest.raises(ValueError, match=r"param_groups\[1\] has p = inf"):
+        groups.step()
+    assert (param, ps(groups)) == (0.0, [6.0, math.inf])
+    groups.param_groups[1]["p"] = 8.0
+    groups.step()
+    assert ps(groups) == pytest.approx([eq_19(2, 10, p, 2.5) for p in (6.0, 8.0)])
+
+
 @pytest.mark.parametrize("make", SCHEDULES)
 def test_foreign_optimizers_are_refused(make):
     with pytest.raises(ValueError, match="has no p"):
@@ -438,6 +501,69 @@ def test_an_invalid_p_of_a_function_leaves_the_groups_as_they_are(invalid):
     with pytest.raises(ValueError, match=f"Invalid p value: {invalid}"):
         schedule.step()
     assert groups.state_dict() == before
+
+
+@pytest.mark.parametrize("name", ["total_iters", "last_epoch"])
+@pytest.mark.parametrize(
+    "error, value", [(ValueError, 2.5), (ValueError, math.inf), (TypeError, "10")]
+)
+def test_a_number_of_steps_is_an_int(name, error, value):
+    groups = optimizer(6.0)
+    message = (
+        f"Invalid {name}: {value}" if error is ValueError else f"{name} must be an int, not str"
+    )
+    with pytest.raises(error, match=message):
+        lpsgd.CosineAnnealingP(groups, **{"total_iters": 5, name: value})
+    assert "initial_p" not in groups.param_groups[0]
+
+
+@pytest.mark.parametrize("ten", [10.0, np.int64(10), np.float32(10), torch.tensor(10)])
+def test_what_is_an_int_in_another_type_is_taken(ten):
+    schedule = lpsgd.CosineAnnealingP(optimizer(6.0), ten)
+    schedule.last_epoch = ten
+    for value in (schedule.total_iters, schedule.optimizer.param_groups[0]["p_last_epoch"]):
+        assert (type(value), value) == (int, 10)
+
+
+def test_arguments_of_torchs_schedulers_are_refused_with_their_name_here():
+    for make, name, here in (
+        (lpsgd.CosineAnnealingP, "T_max", "total_iters"),
+        (lpsgd.CosineAnnealingP, "eta_min", "p_min"),
+        (lpsgd.LambdaP, "lr_lambda", "p_lambda"),
+    ):
+        message = (
+            rf"{make.__name__}.__init__\(\) got an unexpected keyword argument '{name}'.*{here}"
+        )
+        with pytest.raises(TypeError, match=message):
+            make(optimizer(6.0), 5, **{name: 5})
+    with pytest.raises(TypeError, match="p_lambda must be a function, not float"):
+        lpsgd.LambdaP(optimizer(6.0), 3.0)
+
+
+def test_a_schedule_shows_its_arguments_and_where_it_is():
+    schedule = lpsgd.CosineAnnealingP(optimizer(6.0), total_iters=3, every_step=True)
+    schedule.optimizer.step()
+    shown = "CosineAnnealingP(total_iters=3, p_min=2.0, every_step=True"
+    assert repr(schedule) == f"{shown}, last_epoch=1, p=[4.0])"
+    assert f"{shown})" in str(schedule.optimizer._optimizer_step_post_hooks)
+    assert repr(function(optimizer(6.0))) == (
+        f"LambdaP(p_lambdas=[{steps_of_p!r}], every_step=False, last_epoch=0, p=[8.0])"
+    )
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_schedule_that_goes_on_far_beyond_its_end_says_so_once(every_step):
+    groups = optimizer(6.0)
+    schedule = lpsgd.CosineAnnealingP(groups, total_iters=2, every_step=every_step)
+    advance(groups, schedule, 20)
+    with pytest.warns(
+        UserWarning, match=r"step 21 .* total_iters=2: .* batches, not epochs"
+    ) as caught:
+        advance(groups, schedule)
+    assert caught[0].filename == __file__
+    advance(groups, schedule, 20)
+    resumed = lpsgd.CosineAnnealingP(groups, total_iters=2, every_step=every_step)
+    advance(groups, resumed, 20)
 
 
 def test_there_is_one_function_for_each_group():
@@ -500,15 +626,19 @@ def test_a_closure_makes_one_step():
     assert schedule.last_epoch == 1
 
 
-def test_a_step_that_fails_does_not_count():
+@pytest.mark.parametrize("cls", [lpsgd.LPSGD, derived(lpsgd.LPSGD)])
+def test_a_step_that_fails_does_not_count(cls):
     param = Parameter(torch.ones(1))
-    groups = lpsgd.LPSGD([param])
+    groups = cls([param])
     schedule = lpsgd.CosineAnnealingP(groups, 5, every_step=True)
     groups.param_groups[0]["lr"] = -1.0
     param.grad = torch.ones(1)
     with pytest.raises(ValueError, match="learning rate"):
         groups.step()
     assert schedule.last_epoch == 0
+    groups.param_groups[0]["lr"] = 0.1
+    groups.step()
+    assert schedule.last_epoch == 1
 
 
 @pytest.mark.parametrize("make", SCHEDULES)
@@ -551,6 +681,87 @@ def test_a_copy_goes_on_by_itself(make, every_step, copied, before):
     assert advance(twin, twin_schedule, 9) == advance(groups, schedule, 9)
     assert copied(schedule).last_epoch == twin_schedule.last_epoch == before + 9
     assert schedule.last_epoch == before + 9
+
+
+def through_a_file(copied):
+    file = io.BytesIO()
+    torch.save(copied, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, lambda copied: pickle.loads(pickle.dumps(copied)), through_a_file]
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize("copied", COPIES, ids=["copy", "pickle", "file"])
+def test_a_copy_of_the_optimizer_alone_keeps_what_drives_it(make, copied):
+    model = torch.nn.Linear(2, 1)
+    groups = lpsgd.LPSGDM(model.parameters())
+    schedule = make(groups, every_step=True)
+    advance(groups, schedule, 3)
+    twin_model, twin = copied((model, groups))
+    assert twin.param_groups[0]["params"][0] is twin_model.weight
+    again = copied(twin)
+    expected = advance(groups, schedule, 9)
+    for one in (twin, again):
+        assert advance(one, schedule, 9) == expected
+    assert schedule.last_epoch == 12
+    schedule = make(twin, every_step=True)
+    twin.step()
+    assert schedule.last_epoch == 13
+
+
+def test_a_copy_of_a_schedule_that_was_replaced_does_not_take_over():
+    groups = optimizer(6.0)
+    former = function(groups)
+    schedule = cosine(groups, every_step=True)
+    twin, twin_former = copy.deepcopy((groups, former))
+    assert advance(twin, schedule, 3) == advance(groups, schedule, 3)
+    assert twin_former.optimizer is twin
+
+
+def test_functions_that_cannot_be_pickled_are_copied_and_concern_what_drives_itself_alone():
+    for every_step in (False, True):
+        groups = optimizer(6.0)
+        schedule = lpsgd.LambdaP(groups, lambda k: 2.0 + 4.0 / (k + 1), every_step=every_step)
+        twin, twin_schedule = copy.deepcopy((groups, schedule))
+        assert advance(twin, twin_schedule, 3) == advance(groups, schedule, 3)
+        if every_step:
+            with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+                pickle.dumps(groups)
+        else:
+            pickle.dumps(groups)
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+@pytest.mark.parametrize("every_step", [False, True])
+def test_a_new_optimizer_of_the_groups_of_one_goes_on_with_its_schedule(make, every_step, no_gc):
+    alone, groups = optimizer(6.0), optimizer(6.0)
+    expected, schedule = make(alone, every_step=every_step), make(groups, every_step=every_step)
+    new = derived_at_run_time(lpsgd.LPSGDM)(groups.param_groups)
+    assert advance(new, schedule, 4) == advance(alone, expected, 4)
+    if every_step:
+        former = weakref.ref(groups)
+        del groups, schedule
+        assert former() is None
+        assert advance(new, expected, 4) == advance(alone, expected, 4)
+
+
+def test_after_a_reload_the_schedule_made_last_still_drives_alone():
+    module = importlib.import_module("lpsgd._schedule")
+    before = {**vars(module)}
+    groups = optimizer(6.0)
+    cosine(groups, every_step=True)
+    try:
+        schedule = importlib.reload(module).CosineAnnealingP(groups, 10, every_step=True)
+        advance(groups, schedule, 3)
+    finally:
+        vars(module).update(before)
+    assert schedule.last_epoch == 3
+    schedule = cosine(groups, every_step=True)
+    groups.step()
+    assert schedule.last_epoch == 4
 
 
 @pytest.mark.parametrize("fused", [None, False, True])
@@ -786,8 +997,101 @@ def test_frameworks_take_it_for_a_scheduler_of_lr_that_leaves_lr_alone(make):
     assert lr == 0.1
 
 
+# The attributes of LRScheduler that scripts and packages read and set
+
+
 @pytest.mark.parametrize("make", SCHEDULES)
-def test_it_can_be_chained_but_not_one_of_a_sequence(make):
+@pytest.mark.parametrize("every_step", [False, True])
+def test_last_epoch_can_be_set_and_the_next_step_goes_on_from_there(make, every_step):
+    expected = make(optimizer(6.0, 9.0))
+    expected_p = advance(expected.optimizer, expected, 6)[5]
+    groups = optimizer(6.0)
+    schedule = make(groups, every_step=every_step)
+    groups.add_param_group({"params": [Parameter(torch.zeros(1))], "p": 9.0})
+    before = [copy.deepcopy({**group, "params": []}) for group in groups.param_groups]
+    for error, value in ((ValueError, -2), (ValueError, 1.5), (TypeError, "4"), (TypeError, None)):
+        with pytest.raises(error, match="last_epoch"):
+            schedule.last_epoch = value
+    assert [{**group, "params": []} for group in groups.param_groups] == before
+    p = ps(groups)
+    schedule.last_epoch = 4
+    assert (schedule.last_epoch, ps(groups)) == (4, p)
+    advance(groups, schedule)
+    assert (schedule.last_epoch, ps(groups)) == (5, expected_p)
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_last_epoch_minus_1_starts_afresh_with_the_next_step(make):
+    groups = optimizer(6.0, 9.0)
+    schedule = make(groups)
+    first = ps(groups)
+    for restart in (schedule.step, schedule._initial_step):
+        advance(groups, schedule, 3)
+        schedule.last_epoch = -1
+        assert make(groups).last_epoch == -1  # as after resuming there
+        assert ps(groups) == first
+        groups.param_groups[0]["p"] = 3.0
+        restart()
+        assert (schedule.last_epoch, ps(groups)) == (0, first)
+    assert schedule._step_count == 1
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_base_lrs_and_what_lr_was_last_are_there_and_can_be_set(make):
+    groups = optimizer(6.0, 9.0)
+    groups.param_groups[1]["initial_lr"] = torch.tensor(0.5)  # a warm-up has been made before
+    schedule = make(groups)
+    assert schedule.base_lrs == [1e-3, 0.5]
+    schedule.base_lrs[1].zero_()
+    assert groups.param_groups[1]["initial_lr"] == 0.5
+    schedule.base_lrs = [0.25, 0.5]
+    resumed = make(optimizer(6.0, 9.0))
+    resumed.load_state_dict(saved(schedule.state_dict()))
+    assert resumed.base_lrs == [0.25, 0.5]
+    schedule._last_lr = [1.0, 1.0]
+    assert schedule._last_lr == schedule.get_last_lr() == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_p_moves_where_last_epoch_and_get_lr_make_the_step(make):
+    """As in Ignite's LRScheduler, which is called before every step of the optimizer."""
+    groups, alone = optimizer(6.0), optimizer(6.0)
+    schedule, expected = make(groups), make(alone)
+    for _ in range(5):
+        assert schedule.get_lr() == [1e-3] and schedule._get_lr_called_within_step is False
+        schedule._get_lr_called_within_step = True
+        assert schedule.get_lr() == [1e-3]
+        schedule._get_lr_called_within_step = False
+        schedule.last_epoch += 1
+        assert advance(groups, Stepped) == advance(alone, expected)
+
+
+class Stepped:
+    """In the place of a schedule that something else steps."""
+
+    every_step = True
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_it_can_be_one_of_a_sequence(make):
+    groups, sgd = optimizer(6.0), torch.optim.SGD([Parameter(torch.zeros(1))])
+    warm_up, only = (lr_scheduler.LinearLR(one, 0.1, total_iters=2) for one in (groups, sgd))
+    schedule = make(groups)
+    sequence = lr_scheduler.SequentialLR(groups, [warm_up, schedule], [3])
+    seen = []
+    for _ in range(8):
+        assert sequence.get_last_lr() == only.get_last_lr()
+        seen += advance(groups, Stepped)
+        sequence.step()
+        sgd.step()
+        only.step()
+    alone = optimizer(6.0)
+    expected = advance(alone, make(alone), 5)
+    assert seen == [expected[0]] * 3 + expected
+
+
+@pytest.mark.parametrize("make", SCHEDULES)
+def test_it_can_be_chained_but_a_sequence_has_one(make):
     groups, alone = optimizer(6.0), optimizer(6.0)
     schedule = make(groups)
     both = lr_scheduler.ChainedScheduler([lr_scheduler.ExponentialLR(groups, 0.5), schedule])
@@ -795,14 +1099,16 @@ def test_it_can_be_chained_but_not_one_of_a_sequence(make):
     both.step()
     advance(alone, make(alone))
     assert (ps(groups), both.get_last_lr()) == (ps(alone), [5e-4])
-    with pytest.raises(AttributeError, match="last_epoch"):
-        lr_scheduler.SequentialLR(groups, [schedule, schedule], [3])
-    assert schedule.last_epoch == 1
+    lr_scheduler.ExponentialLR(alone, 0.5)  # for initial_lr
+    former = make(alone)
+    former.last_epoch = 0
+    with pytest.raises(ValueError, match="Invalid last_epoch: -2"):
+        lr_scheduler.SequentialLR(alone, [former, make(alone)], [3])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch 2.13 about its own imports
 @pytest.mark.parametrize("make", SCHEDULES)
-@pytest.mark.parametrize("within", ["optimizer.step", "both", "every_step"])
+@pytest.mark.parametrize("within", ["optimizer.step", "both", "every_step", "derived"])
 def test_a_compiled_step_has_its_p_and_is_compiled_once(make, within):
     compiled = []
 
@@ -812,8 +1118,8 @@ def test_a_compiled_step_has_its_p_and_is_compiled_once(make, within):
 
     param, alone = Parameter(torch.ones(1)), optimizer(6.0)
     param.grad = torch.ones(1)
-    groups = lpsgd.LPSGDM([param], p=6.0)
-    every_step = within == "every_step"
+    groups = (derived(lpsgd.LPSGDM) if within == "derived" else lpsgd.LPSGDM)([param], p=6.0)
+    every_step = within in ("every_step", "derived")
     schedule, expected = make(groups, every_step=every_step), make(alone, every_step=every_step)
 
     def step():
@@ -832,6 +1138,12 @@ def test_a_compiled_step_has_its_p_and_is_compiled_once(make, within):
         assert ps(groups) == ps(alone)
         counts.append(len(compiled))
     assert 0 < counts[2] == counts[-1]
+    groups.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="learning rate"):
+        compiled_step()
+    groups.param_groups[0]["lr"] = 0.1
+    compiled_step()
+    assert schedule.last_epoch == 13 - (within == "optimizer.step")
 
 
 @pytest.mark.parametrize("every_step", [False, True])

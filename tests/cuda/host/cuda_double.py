@@ -94,7 +94,8 @@ def fresh_module(folder):
     return module
 
 
-def _at(address, dtype, shape):
+def at(address, dtype, shape):
+    """A tensor of this memory."""
     size = math.prod(shape) * dtype.itemsize
     memory = (ctypes.c_byte * size).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -104,14 +105,14 @@ def cuda(tensor, device=0):
     """A copy in the memory of a device."""
     address = driver.double_allocate(device, tensor.nbytes)
     assert address, "the device has no more memory"
-    copy = _at(address, tensor.dtype, tensor.shape)
+    copy = at(address, tensor.dtype, tensor.shape)
     host(copy).copy_(tensor.detach())
     return copy
 
 
 def host(tensor):
     """The elements of such a tensor where the host can touch them."""
-    return _at(driver.double_host(tensor.data_ptr()), tensor.dtype, tensor.shape)
+    return at(driver.double_host(tensor.data_ptr()), tensor.dtype, tensor.shape)
 
 
 def device_of(tensor):

@@ -112,6 +112,40 @@ def test_a_step_does_not_wait_for_what_the_grad_scaler_knows(cls, found_inf):
     assert same_bits(seen(there), seen(here))
 
 
+# Memory.
+
+
+@classes
+def test_a_parameter_that_is_listed_twice_is_stepped_twice_and_the_others_by_the_kernels(cls):
+    there, here = models(3)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = cls([*there, there[0]], lr=0.1, p=2.0)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        other = cls([*here, here[0]], lr=0.1, p=2.0)
+    for _ in range(2):
+        with opened():  # to PyTorch's operations
+            optimizer.step()
+        other.step()
+        assert_same_training(optimizer, other)
+    assert cuda_double.count("cuLaunchKernel") == 2
+    optimizer.param_groups[0]["fused"] = True
+    with pytest.raises(ValueError, match=r"listed twice in its group: params\[0\] and params\[3\]"):
+        optimizer.step()
+
+
+@classes
+def test_what_is_not_aligned_is_refused_since_no_gpu_could_read_it(cls):
+    there, here = models(3)
+    there[1].data = cuda_double.at(cuda(torch.zeros(9)).data_ptr() + 2, torch.float32, (8,))
+    there[1].grad = cuda(torch.ones(8))
+    for how in ({}, {"fused": True}):
+        optimizer = cls(there, **how)
+        with pytest.raises(ValueError, match=r"params\[1\] is not aligned"):
+            optimizer.step()
+        assert not optimizer.state
+    assert same_bits(seen(there[::2]), seen(here[::2]))
+
+
 # Errors.
 
 
