@@ -266,23 +266,25 @@ static void test_every_kind_has_the_cpus_bits(void **state)
     }
 }
 
-/* Empty buffers take no place in a launch. */
+/* Empty buffers take no place in a launch. The last one may be of a kernel for few buffers. */
 static void test_a_launch_takes_500_buffers(void **state)
 {
     (void)state;
     enum { most = 1503 };
-    static const int64_t counts[] = {1, 499, 500, 501, 1000, 1001, most};
+    static const int64_t counts[] = {1, 69, 70, 71, 499, 500, 501, 570, 571, 1000, 1001, most};
     static int64_t numel[most];
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 12; i++) {
         int64_t full = 0;
         start_ready(1);
         for (int64_t j = 0; j < counts[i]; j++)
-            full += (numel[j] = i < 5 ? 3 : j % 3) != 0;
+            full += (numel[j] = i < 10 ? 3 : j % 3) != 0;
+        const int64_t last = full % 500;
         test_list start = make_list(kinds[0], numel, counts[i], 0, 2);
         test_list list = copy_to_device(&start, 0);
         const lpsgd_cuda_target target = {.device = 0};
         assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_OK);
         assert_int_equal(count_calls("cuLaunchKernel"), (full + 499) / 500);
+        assert_int_equal(count_calls("lpsgd_cuda_float32_few"), 0 < last && last <= 70);
         assert_int_equal(count_calls("cuCtxPushCurrent_v2"), 1);
         assert_list_is_the_cpus(&list, &start, &usual, 1);
         free_device_list(&list);
@@ -390,6 +392,118 @@ static void test_the_callers_context_is_current_again(void **state)
     free_list(&start);
 }
 
+static void assert_error(const char *name, const char *words)
+{
+    char expected[256];
+    snprintf(expected, sizeof expected, "%s: %s", name, words);
+    assert_string_equal(lpsgd_cuda_error(), expected);
+}
+
+/* The check. */
+
+static void test_a_kernel_whose_bits_differ_is_refused_for_good(void **state)
+{
+    (void)state;
+    test_list start = some_list(kinds[0]);
+    for (int i = 0; i < LPSGD_CUDA_KERNELS; i++) {
+        char words[256], error[sizeof error_text];
+        start_anew(2);
+        double_wrong(kernel_names[i]);
+        test_list list = copy_to_device(&start, 0), other = copy_to_device(&start, 1);
+        const lpsgd_cuda_target target = {.device = 0}, second = {.device = 1};
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
+        snprintf(error, sizeof error, "%s", lpsgd_cuda_error());
+        snprintf(words, sizeof words, "its kernels differ from the CPU's: after a step of %s (p = ",
+                 i == LPSGD_CUDA_FOLD ? "lpsgd_cuda_float32" : kernel_names[i]);
+        assert_ptr_equal(strstr(error, words), error);
+        if (i == LPSGD_CUDA_FOLD)
+            assert_non_null(strstr(error, ", numbers on the GPU) element "));
+        assert_non_null(strstr(error, " of param is 0x"));
+        assert_non_null(strstr(error, ". Please report this: Double 0, driver of CUDA 13.0, lpsgd "
+                                      LPSGD_VERSION " of CUDA 13.0 for sm_90"));
+        assert_true(double_is_left_as_found());
+
+        /* Another device is none of its business, and a kernel that is right again none either. */
+        double_wrong("");
+        double_forget();
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
+        assert_string_equal(lpsgd_cuda_error(), error);
+        assert_string_equal(double_log(), "");
+        assert_true(same_list(&list, &start));
+        assert_int_equal(cuda_step_list(&other, &usual, 1, &second), LPSGD_OK);
+        assert_list_is_the_cpus(&other, &start, &usual, 1);
+        free_device_list(&list);
+        free_device_list(&other);
+    }
+    free_list(&start);
+}
+
+static void test_the_environment_leaves_the_check_out(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        start_anew(1);
+        double_wrong("lpsgd_cuda_float64");
+        assert_int_equal(setenv("LPSGD_CUDA_CHECK", i ? "1" : "0", 1), 0);
+        assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), i ? LPSGD_ERROR_CUDA : LPSGD_OK);
+        assert_int_equal(count_calls("cuFuncLoad"), LPSGD_CUDA_KERNELS);
+        assert_int_equal(count_calls("cuLaunchKernel") != 0, i);
+    }
+}
+
+static void test_a_kernel_that_cannot_be_loaded_is_an_error_before_the_first_launch(void **state)
+{
+    (void)state;
+    static const char *const calls[] = {"cuKernelGetFunction", "cuFuncLoad"};
+    for (int i = 0; i < 2 * LPSGD_CUDA_KERNELS; i++) {
+        start_anew(1);
+        double_fail(calls[i % 2], i / 2 + 1, 209);
+        assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), LPSGD_ERROR_CUDA);
+        assert_error(calls[i % 2], "CUDA_ERROR_NO_BINARY_FOR_GPU (209): no kernel image is available "
+                                   "for execution on the device");
+        assert_int_equal(count_calls("cuLaunchKernel"), 0);
+        assert_true(double_is_left_as_found());
+    }
+}
+
+static void test_a_capture_of_the_stream_puts_the_check_off(void **state)
+{
+    (void)state;
+    test_list start = some_list(kinds[0]);
+    for (int stream = 0; stream < 2; stream++) {
+        start_anew(1);
+        double_capture(0, 1, 1); /* stream 0 waits for stream 1 */
+        double_wrong("lpsgd_cuda_float32");
+        test_list list = copy_to_device(&start, 0);
+        const lpsgd_cuda_target target = {.device = 0, .stream = double_stream(0, stream)};
+        int capturing = 0;
+        assert_int_equal(lpsgd_cuda_prepare(0, target.stream, &capturing), LPSGD_OK);
+        assert_int_equal(capturing, 1);
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_OK);
+        assert_int_equal(count_calls("cuLaunchKernel"), 1);
+        assert_true(double_is_left_as_found());
+        double_capture(0, 1, 0);
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
+        assert_non_null(strstr(lpsgd_cuda_error(), "its kernels differ from the CPU's"));
+        free_device_list(&list);
+    }
+    free_list(&start);
+}
+
+static void test_a_capture_of_another_stream_does_not_hinder_the_first_step(void **state)
+{
+    (void)state;
+    start_anew(2);
+    double_capture(0, 1, 1);
+    for (int device = 0; device < 2; device++) {
+        int capturing = 2;
+        assert_int_equal(lpsgd_cuda_prepare(device, double_stream(device, 2), &capturing), LPSGD_OK);
+        assert_int_equal(capturing, 0);
+        assert_int_equal(count_calls("cuStreamSynchronize"), device + 1);
+        assert_true(double_is_left_as_found());
+    }
+}
+
 /* Errors. */
 
 /* Every call of a first step with a number in device memory: its name and how often it is made. */
@@ -426,13 +540,6 @@ static const struct {
     {719, "CUDA_ERROR_LAUNCH_FAILED (719): unspecified launch failure"},
     {12345, "unknown error (12345): the driver has no text for it"},
 };
-
-static void assert_error(const char *name, const char *words)
-{
-    char expected[256];
-    snprintf(expected, sizeof expected, "%s: %s", name, words);
-    assert_string_equal(lpsgd_cuda_error(), expected);
-}
 
 static void test_an_error_at_any_call_writes_nothing_and_the_next_step_works(void **state)
 {
@@ -723,6 +830,11 @@ int main(void)
         cmocka_unit_test(test_grids_stay_within_the_drivers_limit),
         cmocka_unit_test(test_numbers_in_device_memory_take_the_place_of_the_hosts),
         cmocka_unit_test(test_the_callers_context_is_current_again),
+        cmocka_unit_test(test_a_kernel_whose_bits_differ_is_refused_for_good),
+        cmocka_unit_test(test_the_environment_leaves_the_check_out),
+        cmocka_unit_test(test_a_kernel_that_cannot_be_loaded_is_an_error_before_the_first_launch),
+        cmocka_unit_test(test_a_capture_of_the_stream_puts_the_check_off),
+        cmocka_unit_test(test_a_capture_of_another_stream_does_not_hinder_the_first_step),
         cmocka_unit_test(test_an_error_at_any_call_writes_nothing_and_the_next_step_works),
         cmocka_unit_test(test_an_error_after_the_launches_is_told_too),
         cmocka_unit_test(test_a_refused_launch_ends_the_step_after_the_earlier_ones),
