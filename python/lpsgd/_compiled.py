@@ -3,7 +3,7 @@
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,11 +50,11 @@ def traced_step(optimizer: "LPOptimizer") -> None:
             buffers = optimizer._traced_buffers(groups[i], params)
             # Not by no_grad: a compiled graph that raises would leave grad mode off.
             detached = [param.detach() for param in params]
-            _compiled_step(detached, grads, buffers, streams[i], optimizer._number, i)
+            step = _capturable_step if groups[i]["capturable"] else _compiled_step
+            step(detached, grads, buffers, streams[i], optimizer._number, i)
 
 
-@torch.library.custom_op("lpsgd::step_", mutates_args=("params", "momentum_buffers"))
-def _compiled_step(
+def _step_group(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -68,12 +68,42 @@ def _compiled_step(
     if not momentum_buffers:
         del lists[2]
     self = _optimizers[optimizer]
+    if not self.param_groups[group]["capturable"]:
+        _unusual.check_capture(self)
     if not _unusual.has_found_inf(self):
         gathered = Gathered(self.param_groups[group], lists, list(streams))
         for call in _unusual.prepare(self, [gathered]):
             call()
 
 
-@_compiled_step.register_fake
-def _(*args: Any) -> None:
-    return None
+def _step_op(name: str, tags: Sequence[torch.Tag]) -> Callable[..., None]:
+    operation = torch.library.custom_op(
+        name, _step_group, mutates_args=("params", "momentum_buffers"), tags=tags
+    )
+    operation.register_fake(lambda *args: None)
+    return operation
+
+
+# A CUDA graph of Inductor's (mode="reduce-overhead") would keep the lr and p of its capture for good.
+# What has this tag stays outside of it.
+_OUTSIDE_OF_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+_compiled_step = _step_op("lpsgd::step_", _OUTSIDE_OF_CUDA_GRAPHS)
+_capturable_step = _step_op("lpsgd::capturable_step_", ())
+
+
+
+def new_buffer(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A momentum buffer."""
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+# Made in a CUDA graph, a buffer would lie in memory that the next graph may take.
+_new_buffer_op = torch.library.custom_op(
+    "lpsgd::new_buffer", new_buffer, mutates_args=(), tags=_OUTSIDE_OF_CUDA_GRAPHS
+)
+_new_buffer_op.register_fake(new_buffer)
+
+
+def traced_new_buffer(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """`new_buffer` as a graph calls it."""
+    return _new_buffer_op(param.detach(), dtype)

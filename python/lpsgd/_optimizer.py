@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 import lpsgd_ext
 
 from ._base import LPOptimizer, defaults_of
+from ._compiled import new_buffer, traced_new_buffer
 from ._unusual import Fresh, Lists, States
 from ._values import momentum_dtype_of
 
@@ -203,7 +204,7 @@ class LPSGDM(LPOptimizer):
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 if param not in fresh:
-                    fresh[param] = _new_buffer(group, param)
+                    fresh[param] = new_buffer(param, _buffer_dtype(group, param))
                 buffer = fresh[param]
             params.append(param)
             grads.append(grad)
@@ -214,13 +215,13 @@ class LPSGDM(LPOptimizer):
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = _new_buffer(group, param)
+                dtype = _buffer_dtype(group, param)
+                state["momentum_buffer"] = traced_new_buffer(param, dtype)
         return [state["momentum_buffer"] for state in states]
 
     def _native_step(self, lists: Lists, **values: Any) -> None:
         lpsgd_ext.lpsgdm_(lists[0], lists[1], lists[2], **values)
 
 
-def _new_buffer(group: dict[str, Any], param: Tensor) -> Tensor:
-    dtype = momentum_dtype_of(param, group["momentum_dtype"] is not None)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+def _buffer_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
+    return momentum_dtype_of(param, group["momentum_dtype"] is not None)

@@ -30,6 +30,11 @@ Call = Callable[[], None]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_check_graph_capture: Callable[[Optimizer], None] = getattr(
+    Optimizer,
+    "_accelerator_graph_capture_health_check",
+    getattr(Optimizer, "_cuda_graph_capture_health_check", None),  # its name until PyTorch 2.11
+)
 _NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
 
 
@@ -51,10 +56,13 @@ class Row(NamedTuple):
 
 def unusual_step(optimizer: "LPOptimizer") -> None:
     """Makes a step that is not one call of C, or raises and has changed nothing."""
+    check_capture(optimizer)
     if has_found_inf(optimizer):
         return
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         gathered, fresh = _gather(optimizer)
+        if fresh:
+            _check_may_make_state()
         state = optimizer.state
         stateless = [param for param in fresh if param not in state]
         empty = [param for param in fresh if "momentum_buffer" in state.get(param, ())]
@@ -74,6 +82,21 @@ def unusual_step(optimizer: "LPOptimizer") -> None:
             raise
         for call in calls:
             call()
+
+
+def check_capture(optimizer: Optimizer) -> None:
+    """Raises torch.optim's error where a step that is not capturable is being captured in a CUDA
+    graph: its replays would keep this step's lr and p."""
+    if torch.cuda.is_initialized():  # otherwise nothing is
+        _check_graph_capture(optimizer)
+
+
+def _check_may_make_state() -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "momentum buffers cannot be made while a CUDA graph is captured, as every replay would "
+            "set them to zero: make a step before the capture"
+        )
 
 
 def has_found_inf(optimizer: Optimizer) -> bool:
