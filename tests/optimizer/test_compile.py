@@ -138,6 +138,43 @@ def test_two_optimizers_can_be_compiled(cls):
         assert same(model, other)
 
 
+@pytest.mark.parametrize("cls, capturable", [*((cls, False) for cls in CLASSES), (lpsgd.LPSGDM, True)])
+def test_inductor_keeps_a_step_out_of_its_cuda_graphs_unless_it_is_capturable(
+    cls, capturable, monkeypatch
+):
+    """Inductor asks this function where it does not cut a graph in parts, which goes by the same
+    tags."""
+    from torch._inductor import compile_fx  # not before it is needed
+
+    name = "get_first_incompatible_cudagraph_node"
+    found = []
+
+    def ask(graph):
+        found.append(original(graph))
+        return found[-1]
+
+    original = getattr(compile_fx, name)
+    monkeypatch.setattr(compile_fx, name, ask)
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = cls([param], lr=0.1, capturable=capturable, fused=True)
+    if capturable:
+        optimizer.step()  # makes the state
+    options = {"triton.cudagraphs": True, "graph_partition": False, "fx_graph_cache": False}
+    torch.compile(optimizer.step, fullgraph=True, options=options)()
+    first = "new_buffer" if cls is lpsgd.LPSGDM else "step_"
+    targets = [node and str(node.target) for node in found]
+    assert targets == [None if capturable else f"lpsgd.{first}.default"]
+
+
+def test_the_tag_is_on_every_operation_but_that_of_a_capturable_step():
+    tagged = {
+        name: torch.Tag.cudagraph_unsafe in getattr(torch.ops.lpsgd, name).default.tags
+        for name in ("step_", "new_buffer", "capturable_step_")
+    }
+    assert tagged == {"step_": True, "new_buffer": True, "capturable_step_": False}
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_opcheck_finds_nothing(cls):
     param, grad = torch.randn(5), torch.randn(5)
