@@ -37,4 +37,6 @@ extern "C" __global__ void lpsgd_cuda_fold_scalars(const __grid_constant__ lpsgd
 }
 
 /* What the steps of lpsgd_cuda_check.h run on. */
-extern "C" __device__ lpsgd_cuda_check_memory lpsgd_cuda_checked[LPSGD_CUDA_CHECKS];
+extern "C" {
+__device__ lpsgd_cuda_check_memory lpsgd_cuda_checked[LPSGD_CUDA_CHECKS];
+}

@@ -224,29 +224,22 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             ((M *)t->momentum_buffer)[i] = m;                                                      \
     }                                                                                              \
                                                                                                    \
-    LPSGD_INLINE void name##_work(const lpsgd_cuda_common *common, const lpsgd_cuda_tensor *tensors, \
-                                  lpsgd_cuda_place place)                                          \
+    LPSGD_INLINE void name##_work(const lpsgd_cuda_common *common,                                 \
+                                  const lpsgd_cuda_tensor *tensors, lpsgd_cuda_place place)        \
     {                                                                                              \
-        lpsgd_scalars copy = common->scalars;                                                      \
-        const lpsgd_scalars *k = &copy;                                                            \
-        int64_t tiles = common->tiles;                                                             \
-        if (common->device_scalars) {                                                              \
-            copy = common->device_scalars->k;                                                      \
-            if (common->device_scalars->skip)                                                      \
-                tiles = 0;                                                                         \
-        }                                                                                          \
-        for (int64_t tile = place.block; tile < tiles; tile += place.blocks) {             \
+        const lpsgd_cuda_scalars *device = common->device_scalars;                                 \
+        const lpsgd_scalars copy = device ? device->k : common->scalars, *k = &copy;               \
+        int64_t tile = device && device->skip ? common->tiles : place.block;                       \
+        for (; tile < common->tiles; tile += place.blocks) {                                       \
             const lpsgd_cuda_tensor *t = lpsgd_cuda_find(tensors, common->count, tile);            \
             const int64_t size = (int64_t)LPSGD_CUDA_TILE_BYTES / (int64_t)sizeof(T);              \
-            const int64_t start = (tile - t->first_tile) * size;                                   \
-            const int64_t end = t->numel - start < size ? t->numel : start + size;                 \
-            const int64_t vectors_end = (lpsgd_cuda_aligned(t) ? end : start) / name##_width;      \
-            for (int64_t v = start / name##_width + place.thread; v < vectors_end;                 \
-                 v += LPSGD_CUDA_THREADS)                                                          \
-                name##_vector(t, v, k);                                                            \
-            for (int64_t i = vectors_end * name##_width + place.thread; i < end;                   \
-                 i += LPSGD_CUDA_THREADS)                                                          \
-                name##_element(t, i, k);                                                           \
+            const int64_t start = (tile - t->first_tile) * size, left = t->numel - start;          \
+            const int count = (int)(left < size ? left : size);                                    \
+            const int vectors = lpsgd_cuda_aligned(t) ? count / name##_width : 0;                  \
+            for (int v = place.thread; v < vectors; v += LPSGD_CUDA_THREADS)                       \
+                name##_vector(t, start / name##_width + v, k);                                     \
+            for (int i = vectors * name##_width + place.thread; i < count; i += LPSGD_CUDA_THREADS)\
+                name##_element(t, start + i, k);                                                   \
         }                                                                                          \
     }
 
