@@ -491,7 +491,7 @@ def refused_captures(device: torch.device) -> None:
 
 
 def compiled(device: torch.device) -> None:
-    """By mode="reduce-overhead", which captures CUDA graphs: lr and p count that are changed later."""
+    """In mode="reduce-overhead", which captures CUDA graphs, later values of lr and p count."""
     of = samples(torch.float32)
 
     def run(where: torch.device, cls: Class, mode: str | None) -> list[Tensor]:

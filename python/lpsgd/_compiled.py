@@ -4,7 +4,7 @@
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,13 +45,14 @@ def traced_step(optimizer: "LPOptimizer") -> None:
         numbered = enumerate(group["params"], first)
         streams.append([i for i, param in numbered if param.grad is not None])
         first += len(group["params"])
-    for i, (params, grads) in enumerate(lists):
-        if params:
-            buffers = optimizer._traced_buffers(groups[i], params)
-            # Not by no_grad: a compiled graph that raises would leave grad mode off.
-            detached = [param.detach() for param in params]
-            step = _capturable_step if groups[i]["capturable"] else _compiled_step
-            step(detached, grads, buffers, streams[i], optimizer._number, i)
+    grad_mode = torch.is_grad_enabled()
+    # With autograd Inductor would step copies, and copy them back outside of its graph.
+    with torch.no_grad():
+        for i, (params, grads) in enumerate(lists):
+            if params:
+                buffers = optimizer._traced_buffers(groups[i], params)
+                step = _capturable_step if groups[i]["capturable"] else _compiled_step
+                step(params, grads, buffers, streams[i], optimizer._number, i, grad_mode)
 
 
 def _step_group(
@@ -61,6 +62,7 @@ def _step_group(
     streams: Sequence[int],
     optimizer: int,
     group: int,
+    grad_mode: bool,
 ) -> None:
     """The step of one group, which runs when the graph does. lr, p and the like are read from the
     group then, so that no graph depends on them."""
@@ -68,12 +70,16 @@ def _step_group(
     if not momentum_buffers:
         del lists[2]
     self = _optimizers[optimizer]
-    if not self.param_groups[group]["capturable"]:
-        _unusual.check_capture(self)
-    if not _unusual.has_found_inf(self):
-        gathered = Gathered(self.param_groups[group], lists, list(streams))
-        for call in _unusual.prepare(self, [gathered]):
-            call()
+    try:
+        if not self.param_groups[group]["capturable"]:
+            _unusual.check_capture(self)
+        if not _unusual.has_found_inf(self):
+            gathered = Gathered(self.param_groups[group], lists, list(streams))
+            for call in _unusual.prepare(self, [gathered]):
+                call()
+    except BaseException:
+        torch.set_grad_enabled(grad_mode)  # a graph that raises does not come to its end
+        raise
 
 
 def _step_op(name: str, tags: Sequence[torch.Tag]) -> Callable[..., None]:
@@ -84,12 +90,11 @@ def _step_op(name: str, tags: Sequence[torch.Tag]) -> Callable[..., None]:
     return operation
 
 
-# A CUDA graph of Inductor's (mode="reduce-overhead") would keep the lr and p of its capture for good.
-# What has this tag stays outside of it.
+# A CUDA graph of Inductor's (mode="reduce-overhead") would keep the lr and p of its capture for
+# good. What has this tag stays outside of it.
 _OUTSIDE_OF_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 _compiled_step = _step_op("lpsgd::step_", _OUTSIDE_OF_CUDA_GRAPHS)
 _capturable_step = _step_op("lpsgd::capturable_step_", ())
-
 
 
 def new_buffer(param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,13 +102,8 @@ def new_buffer(param: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
-# Made in a CUDA graph, a buffer would lie in memory that the next graph may take.
-_new_buffer_op = torch.library.custom_op(
+# The same as a graph calls it: in a CUDA graph it would lie in memory that the next graph may take.
+traced_new_buffer = torch.library.custom_op(
     "lpsgd::new_buffer", new_buffer, mutates_args=(), tags=_OUTSIDE_OF_CUDA_GRAPHS
 )
-_new_buffer_op.register_fake(new_buffer)
-
-
-def traced_new_buffer(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """`new_buffer` as a graph calls it."""
-    return _new_buffer_op(param.detach(), dtype)
+traced_new_buffer.register_fake(new_buffer)

@@ -30,10 +30,10 @@ Call = Callable[[], None]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_check_graph_capture: Callable[[Optimizer], None] = getattr(
-    Optimizer,
-    "_accelerator_graph_capture_health_check",
-    getattr(Optimizer, "_cuda_graph_capture_health_check", None),  # its name until PyTorch 2.11
+# PyTorch 2.10 has the second name alone.
+_check_graph_capture: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or Optimizer._cuda_graph_capture_health_check
 )
 _NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
 

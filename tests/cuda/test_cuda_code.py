@@ -223,8 +223,8 @@ def test_what_is_not_of_one_tensor_lies_at_the_beginning_of_constant_memory(inst
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scalars_are_arguments_or_loaded_at_once(instructions, kernel):
-    """No generic load has to find out which, and those of device memory are issued together with that
-    of what found_inf came to, the last of lpsgd_cuda_scalars: a launch waits for them once."""
+    """No generic load has to find out which, and those of device memory are issued together with
+    that of what found_inf came to, the last of lpsgd_cuda_scalars: a launch waits for them once."""
     control = {"BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "BRX"}
     for n, functions in instructions.items():
         code = functions[kernel]
