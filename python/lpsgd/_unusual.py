@@ -30,12 +30,12 @@ Call = Callable[[], None]
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# PyTorch 2.10 has the second name alone.
+_NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
+# The second is its name in older PyTorch.
 _check_graph_capture: Callable[[Optimizer], None] = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
     or Optimizer._cuda_graph_capture_health_check
 )
-_NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
 
 
 class Gathered(NamedTuple):
