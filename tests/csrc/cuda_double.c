@@ -646,7 +646,7 @@ static CUresult run_fold(int device, const void *arguments)
     return error;
 }
 
-/* What a step's kernel does; of the wrong one, with a bit of the first parameter turned round. */
+/* What a step's kernel does; of the wrong one, with a bit of the first momentum buffer turned round. */
 static CUresult run_step(int device, CUkernel kernel, const void *arguments, unsigned blocks,
                          unsigned threads)
 {
@@ -667,8 +667,8 @@ static CUresult run_step(int device, CUkernel kernel, const void *arguments, uns
     for (unsigned block = 0; block < blocks && !error; block++)
         for (unsigned thread = 0; thread < threads; thread++)
             kernel->thread(&a.common, a.tensor, (lpsgd_cuda_place){block, blocks, (int)thread});
-    if (!error && strcmp(kernel->name, state.wrong) == 0)
-        *(unsigned char *)a.tensor[0].param ^= 1;
+    if (!error && strcmp(kernel->name, state.wrong) == 0 && a.tensor[0].momentum_buffer)
+        *(unsigned char *)a.tensor[0].momentum_buffer ^= 1;
     return error;
 }
 

@@ -50,7 +50,8 @@ CUstream double_stream(int device, int number);
 /* Whether a stream is being captured: what is launched there does not run. */
 void double_capture(int device, int number, int capturing);
 
-/* Makes the kernel of this name leave one wrong bit in every launch; "": none. */
+/* Makes the kernel of this name leave a wrong bit in a momentum buffer, or fold a wrong step size;
+ * "": none. */
 void double_wrong(const char *name);
 
 /* Whether the calling thread has no context and the usual capture mode, and no stream is left over. */
