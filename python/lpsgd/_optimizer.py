@@ -45,7 +45,8 @@ class LPSGD(LPOptimizer):
             paper; `suggest_pivot`, or about 1e-4, keeps the step from shrinking as p goes to 2.
         maximize: maximize the objective instead of minimizing it.
         foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one.
-        capturable: the step may be captured in a CUDA graph: a Tensor lr stays on the device.
+        capturable: the step may be captured in a CUDA graph, whose replays read a Tensor lr or p on
+            the device anew; a number stays what it was. Otherwise a capture raises.
         differentiable: autograd goes through the step, also to a Tensor lr or weight_decay.
         fused: True demands the C kernels and raises where they can't be used; None takes them
             wherever they can; False never does.
