@@ -109,8 +109,8 @@ static struct {
     CUlibrary library;
     CUkernel kernel[LPSGD_CUDA_KERNELS];
     CUcontext context[DEVICES]; /* primary contexts, retained for the life of the process */
-    int ready[DEVICES];         /* all kernels are loaded there, and have passed the check */
-    char *failure[DEVICES];     /* why the check failed; NULL: it has not */
+    int ready[DEVICES]; /* all kernels are loaded there, and have passed the check */
+    char failure[DEVICES][sizeof error_text]; /* why the check failed, or "" */
 } loaded = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
 static void find_driver(void)
@@ -390,7 +390,7 @@ static lpsgd_status fail_check(int device, const lpsgd_cuda_check *c, const char
              c->device_number[0].pointer ? ", numbers on the GPU" : "", difference, name,
              version / 1000, version % 1000 / 10, LPSGD_CUDA_VERSION / 1000,
              LPSGD_CUDA_VERSION % 1000 / 10, LPSGD_CUDA_ARCHITECTURES);
-    loaded.failure[device] = strdup(error_text);
+    memcpy(loaded.failure[device], error_text, sizeof error_text);
     return LPSGD_ERROR_CUDA;
 }
 
@@ -409,7 +409,7 @@ static lpsgd_status check_kernels(int device)
     lpsgd_status status = run_checks(memory);
     for (int i = 0; i < LPSGD_CUDA_CHECKS && status == LPSGD_OK; i++)
         if (!lpsgd_cuda_check_passes(i, &memory[i], difference, sizeof difference)) {
-            const lpsgd_cuda_check failed = lpsgd_cuda_check_number(i, NULL);
+            const lpsgd_cuda_check failed = lpsgd_cuda_check_number(i, &memory[i]);
             status = fail_check(device, &failed, difference);
         }
     free(memory);
@@ -441,7 +441,7 @@ static lpsgd_status prepare(int device, CUstream stream)
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     if (loaded.ready[device])
         return LPSGD_OK;
-    if (loaded.failure[device]) {
+    if (loaded.failure[device][0]) {
         snprintf(error_text, sizeof error_text, "%s", loaded.failure[device]);
         return LPSGD_ERROR_CUDA;
     }
