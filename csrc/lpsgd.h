@@ -146,9 +146,13 @@ lpsgd_status lpsgd_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtyp
 lpsgd_status lpsgdm_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
                               const lpsgd_hyper *hyper, const lpsgd_cuda_target *target);
 
-/* Makes all that a step on this device needs: finds the driver, loads the kernels. Steps do so by
- * themselves; this tells beforehand whether they can. */
-lpsgd_status lpsgd_cuda_prepare(int device);
+/* Makes all that a step on this device and stream needs: finds the driver, loads the kernels and, once
+ * for a device, compares a small step by each of them with the CPU's, which takes about a millisecond
+ * and waits for no stream. A device whose bits differ is refused for good; LPSGD_CUDA_CHECK=0 in the
+ * environment leaves the comparison out. While the stream is being captured in a graph it is put off
+ * until the next call. Steps do all this by themselves; this tells beforehand whether they can.
+ * capturing: NULL, or set to whether the stream is being captured. */
+lpsgd_status lpsgd_cuda_prepare(int device, void *stream, int *capturing);
 
 /* The calling thread's last LPSGD_ERROR_CUDA in words, the driver's own among them; never NULL. */
 const char *lpsgd_cuda_error(void);

@@ -8,8 +8,8 @@
  * that made it and LPSGD_CUDA_ARCHITECTURES what it is for; without them the functions answer that
  * there are no kernels.
  */
+#include "lpsgd_cuda_check.h"
 #include "lpsgd_cuda_driver.h"
-#include "lpsgd_cuda_kernel.h"
 #include "lpsgd_internal.h"
 
 #include <dlfcn.h>
@@ -47,9 +47,9 @@ static lpsgd_status no_kernels(void)
     return LPSGD_ERROR_CUDA;
 }
 
-lpsgd_status lpsgd_cuda_prepare(int device)
+lpsgd_status lpsgd_cuda_prepare(int device, void *stream, int *capturing)
 {
-    (void)device;
+    (void)device, (void)stream, (void)capturing;
     return no_kernels();
 }
 
@@ -79,7 +79,8 @@ const char *lpsgd_cuda_architectures(void)
     return LPSGD_CUDA_ARCHITECTURES;
 }
 
-__asm__(".section .rodata\n"
+/* The section that nvcc's own objects have it in, where cuobjdump looks. */
+__asm__(".section .nv_fatbin,\"a\"\n"
         ".balign 64\n"
         ".globl lpsgd_cuda_image\n"
         ".hidden lpsgd_cuda_image\n"
@@ -108,6 +109,8 @@ static struct {
     CUlibrary library;
     CUkernel kernel[LPSGD_CUDA_KERNELS];
     CUcontext context[DEVICES]; /* primary contexts, retained for the life of the process */
+    int ready[DEVICES]; /* all kernels are loaded there, and have passed the check */
+    char failure[DEVICES][sizeof error_text]; /* why the check failed, or "" */
 } loaded = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
 static void find_driver(void)
@@ -160,6 +163,8 @@ static lpsgd_status check(const char *function, CUresult result)
 static lpsgd_status initialize(void)
 {
     int version = 0;
+    if (loaded.initialized)
+        return LPSGD_OK;
     CHECK(cuInit, 0);
     CHECK(cuDriverGetVersion, &version);
     if (version < LEAST_DRIVER) {
@@ -169,20 +174,24 @@ static lpsgd_status initialize(void)
                  LEAST_DRIVER % 1000 / 10);
         return LPSGD_ERROR_CUDA;
     }
+    loaded.initialized = 1;
     return LPSGD_OK;
 }
 
+#define LPSGD_CUDA_NAMES(kind, name)                                                               \
+    [kind] = name, [LPSGD_CUDA_KINDS + kind] = name "_few"
+static const char *const kernel_names[LPSGD_CUDA_KERNELS] = {
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT32, "lpsgd_cuda_float32"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT64, "lpsgd_cuda_float64"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_BFLOAT16, "lpsgd_cuda_bfloat16"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT16, "lpsgd_cuda_float16"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_BFLOAT16_WIDE, "lpsgd_cuda_bfloat16_wide"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT16_WIDE, "lpsgd_cuda_float16_wide"),
+    [LPSGD_CUDA_FOLD] = "lpsgd_cuda_fold_scalars",
+};
+
 static lpsgd_status load_kernels(void)
 {
-    static const char *const names[LPSGD_CUDA_KERNELS] = {
-        [LPSGD_CUDA_FLOAT32] = "lpsgd_cuda_float32",
-        [LPSGD_CUDA_FLOAT64] = "lpsgd_cuda_float64",
-        [LPSGD_CUDA_BFLOAT16] = "lpsgd_cuda_bfloat16",
-        [LPSGD_CUDA_FLOAT16] = "lpsgd_cuda_float16",
-        [LPSGD_CUDA_BFLOAT16_WIDE] = "lpsgd_cuda_bfloat16_wide",
-        [LPSGD_CUDA_FLOAT16_WIDE] = "lpsgd_cuda_float16_wide",
-        [LPSGD_CUDA_FOLD] = "lpsgd_cuda_fold_scalars",
-    };
     CUlibrary library;
     CUkernel kernel;
     if (!loaded.library) {
@@ -191,7 +200,7 @@ static lpsgd_status load_kernels(void)
     }
     for (int i = 0; i < LPSGD_CUDA_KERNELS; i++)
         if (!loaded.kernel[i]) {
-            CHECK(cuLibraryGetKernel, &kernel, loaded.library, names[i]);
+            CHECK(cuLibraryGetKernel, &kernel, loaded.library, kernel_names[i]);
             loaded.kernel[i] = kernel;
         }
     return LPSGD_OK;
@@ -201,35 +210,12 @@ static lpsgd_status load(int device)
 {
     CUdevice handle;
     CUcontext context;
-    if (!loaded.initialized) {
-        const lpsgd_status status = initialize();
-        if (status != LPSGD_OK)
-            return status;
-        loaded.initialized = 1;
-    }
     if (!loaded.context[device]) {
         CHECK(cuDeviceGet, &handle, device);
         CHECK(cuDevicePrimaryCtxRetain, &context, handle);
         loaded.context[device] = context;
     }
     return load_kernels();
-}
-
-lpsgd_status lpsgd_cuda_prepare(int device)
-{
-    pthread_once(&driver.once, find_driver);
-    if (driver.refusal[0]) {
-        snprintf(error_text, sizeof error_text, "%s", driver.refusal);
-        return LPSGD_ERROR_CUDA;
-    }
-    if (device < 0 || device >= DEVICES) {
-        snprintf(error_text, sizeof error_text, "there is no CUDA device %d", device);
-        return LPSGD_ERROR_CUDA;
-    }
-    pthread_mutex_lock(&loaded.mutex);
-    const lpsgd_status status = load(device);
-    pthread_mutex_unlock(&loaded.mutex);
-    return status;
 }
 
 static int kernel_for(lpsgd_dtype dtype, int momentum_float32)
@@ -269,17 +255,26 @@ static lpsgd_status launch_fold(const lpsgd_hyper *hyper, const lpsgd_cuda_targe
     return launch(LPSGD_CUDA_FOLD, 1, 1, target, arguments);
 }
 
-/* One launch for as many buffers as fit. *done counts the buffers of the list so far. */
+/* One launch for as many buffers as fit. *done counts the buffers of the list so far. Up to `few` are a
+ * kernel's for few tensors. */
 static lpsgd_status launch_some(lpsgd_cuda_step_arguments *a, const lpsgd_buffer *list,
                                 int64_t count, lpsgd_dtype dtype, int kernel, int has_momentum,
-                                const lpsgd_cuda_target *target, int64_t *done)
+                                int few, const lpsgd_cuda_target *target, int64_t *done)
 {
     lpsgd_cuda_fill(a, list, count, lpsgd_itemsize(dtype), has_momentum, done);
-    if (!a->tiles)
+    const int64_t tiles = a->common.tiles;
+    if (!tiles)
         return LPSGD_OK;
-    const unsigned blocks = a->tiles < INT32_MAX ? (unsigned)a->tiles : INT32_MAX;
-    void *arguments[] = {a};
-    return launch(kernel, blocks, LPSGD_CUDA_THREADS, target, arguments);
+    void *arguments[] = {a}; /* the driver reads what the kernel's arguments have room for */
+    return launch(a->common.count <= few ? LPSGD_CUDA_KINDS + kernel : kernel,
+                  tiles < INT32_MAX ? (unsigned)tiles : INT32_MAX, LPSGD_CUDA_THREADS, target,
+                  arguments);
+}
+
+static lpsgd_status out_of_memory(void)
+{
+    snprintf(error_text, sizeof error_text, "out of memory");
+    return LPSGD_ERROR_CUDA;
 }
 
 static int has_device_number(const lpsgd_cuda_target *t)
@@ -290,22 +285,193 @@ static int has_device_number(const lpsgd_cuda_target *t)
 
 static lpsgd_status launch_all(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
                                const lpsgd_hyper *hyper, const lpsgd_scalars *k, int has_momentum,
-                               const lpsgd_cuda_target *target)
+                               int few, const lpsgd_cuda_target *target)
 {
     lpsgd_cuda_step_arguments *a = malloc(sizeof *a);
-    if (!a) {
-        snprintf(error_text, sizeof error_text, "out of memory");
-        return LPSGD_ERROR_CUDA;
-    }
+    if (!a)
+        return out_of_memory();
     const int kernel = kernel_for(dtype, k->momentum_float32);
     const int on_device = has_device_number(target);
-    a->device_scalars = on_device ? target->scratch : NULL;
-    a->scalars = (lpsgd_cuda_scalars){*k, 0};
+    a->common.device_scalars = on_device ? target->scratch : NULL;
+    a->common.scalars = *k;
     lpsgd_status status = on_device ? launch_fold(hyper, target) : LPSGD_OK;
     for (int64_t done = 0; done < count && status == LPSGD_OK;)
-        status = launch_some(a, list, count, dtype, kernel, has_momentum, target, &done);
+        status = launch_some(a, list, count, dtype, kernel, has_momentum, few, target, &done);
     free(a);
     return status;
+}
+
+/* Pops the context; what was wrong before is the error that is told. */
+static lpsgd_status leave_context(lpsgd_status status)
+{
+    CUcontext popped;
+    const CUresult result = driver.cuCtxPopCurrent_v2(&popped);
+    return status != LPSGD_OK ? status : check("cuCtxPopCurrent_v2", result);
+}
+
+/* Whether the stream is being captured, or depends on one that is. Its context is current. */
+static lpsgd_status ask_capturing(CUstream stream, int *capturing)
+{
+    enum { CAPTURE_IMPLICIT = 906 }; /* the legacy stream, while a stream that waits for it is */
+    CUstreamCaptureStatus answer = 0;
+    const CUresult result = driver.cuStreamIsCapturing(stream, &answer);
+    *capturing = result == CAPTURE_IMPLICIT || answer != 0;
+    return result == CAPTURE_IMPLICIT ? LPSGD_OK : check("cuStreamIsCapturing", result);
+}
+
+/* Loads the machine code of every kernel, which the driver would put off until its first launch. */
+static lpsgd_status load_functions(void)
+{
+    CUfunction function;
+    for (int i = 0; i < LPSGD_CUDA_KERNELS; i++) {
+        CHECK(cuKernelGetFunction, &function, loaded.kernel[i]);
+        CHECK(cuFuncLoad, function);
+    }
+    return LPSGD_OK;
+}
+
+/* All steps of lpsgd_cuda_check.h on the device, from and to `memory`. */
+static lpsgd_status launch_checks(lpsgd_cuda_check_memory *memory, CUdeviceptr there,
+                                  lpsgd_cuda_target *target)
+{
+    const size_t size = LPSGD_CUDA_CHECKS * sizeof *memory;
+    CHECK(cuMemcpyAsync, there, (CUdeviceptr)(uintptr_t)memory, size, target->stream);
+    for (int i = 0; i < LPSGD_CUDA_CHECKS; i++) {
+        lpsgd_cuda_check_memory *const on_device = (lpsgd_cuda_check_memory *)(uintptr_t)there + i;
+        lpsgd_cuda_check c = lpsgd_cuda_check_number(i, on_device);
+        lpsgd_scalars k;
+        target->lr = c.device_number[0];
+        target->p = c.device_number[1];
+        target->found_inf = c.device_number[2];
+        target->scratch = &on_device->scratch;
+        lpsgd_status status = lpsgd_fold(&c.hyper, c.has_momentum, &k);
+        if (target->lr.pointer)
+            c.hyper.lr = c.hyper.p = 3.0; /* not to be read */
+        if (status == LPSGD_OK)
+            status = launch_all(c.list, 2, c.dtype, &c.hyper, &k, c.has_momentum, c.few ? 2 : 0,
+                                target);
+        if (status != LPSGD_OK)
+            return status;
+    }
+    CHECK(cuMemcpyAsync, (CUdeviceptr)(uintptr_t)memory, there, size, target->stream);
+    CHECK(cuStreamSynchronize, target->stream);
+    return LPSGD_OK;
+}
+
+/* The same on a stream of its own, which waits for no other. */
+static lpsgd_status run_checks(lpsgd_cuda_check_memory *memory)
+{
+    lpsgd_cuda_target target = {.device = 0};
+    CUdeviceptr there;
+    CUstream stream;
+    size_t size;
+    CHECK(cuLibraryGetGlobal, &there, &size, loaded.library, "lpsgd_cuda_checked");
+    CHECK(cuStreamCreate, &stream, CU_STREAM_NON_BLOCKING);
+    target.stream = stream;
+    const lpsgd_status status = launch_checks(memory, there, &target);
+    const CUresult destroyed = driver.cuStreamDestroy_v2(stream);
+    return status != LPSGD_OK ? status : check("cuStreamDestroy_v2", destroyed);
+}
+
+/* Remembers for the device that its kernels are wrong, in words to be reported. */
+static lpsgd_status fail_check(int device, const lpsgd_cuda_check *c, const char *difference)
+{
+    char name[64] = "a GPU";
+    CUdevice handle;
+    int version = 0;
+    if (driver.cuDeviceGet(&handle, device) == 0)
+        driver.cuDeviceGetName(name, sizeof name, handle);
+    driver.cuDriverGetVersion(&version);
+    snprintf(error_text, sizeof error_text,
+             "its kernels differ from the CPU's: after a step of %s (p = %g%s%s) %s. Please report "
+             "this: %s, driver of CUDA %d.%d, lpsgd " LPSGD_VERSION " of CUDA %d.%d for %s",
+             kernel_names[kernel_for(c->dtype, c->hyper.momentum_float32) + c->few * LPSGD_CUDA_KINDS],
+             c->hyper.p, c->has_momentum ? ", momentum" : "",
+             c->device_number[0].pointer ? ", numbers on the GPU" : "", difference, name,
+             version / 1000, version % 1000 / 10, LPSGD_CUDA_VERSION / 1000,
+             LPSGD_CUDA_VERSION % 1000 / 10, LPSGD_CUDA_ARCHITECTURES);
+    memcpy(loaded.failure[device], error_text, sizeof error_text);
+    return LPSGD_ERROR_CUDA;
+}
+
+/* Compares a step by every kernel with the CPU's, unless LPSGD_CUDA_CHECK=0. */
+static lpsgd_status check_kernels(int device)
+{
+    const char *wish = getenv("LPSGD_CUDA_CHECK");
+    if (wish && strcmp(wish, "0") == 0)
+        return LPSGD_OK;
+    char difference[128];
+    lpsgd_cuda_check_memory *memory = malloc(LPSGD_CUDA_CHECKS * sizeof *memory);
+    if (!memory)
+        return out_of_memory();
+    for (int i = 0; i < LPSGD_CUDA_CHECKS; i++)
+        lpsgd_cuda_check_fill(i, &memory[i]);
+    lpsgd_status status = run_checks(memory);
+    for (int i = 0; i < LPSGD_CUDA_CHECKS && status == LPSGD_OK; i++)
+        if (!lpsgd_cuda_check_passes(i, &memory[i], difference, sizeof difference)) {
+            const lpsgd_cuda_check failed = lpsgd_cuda_check_number(i, &memory[i]);
+            status = fail_check(device, &failed, difference);
+        }
+    free(memory);
+    return status;
+}
+
+/* A device's kernels, loaded and checked; not checked yet where the stream is being captured. */
+static lpsgd_status make_ready(int device, CUstream stream)
+{
+    int capturing = 0;
+    lpsgd_status status = load(device);
+    if (status != LPSGD_OK)
+        return status;
+    CHECK(cuCtxPushCurrent_v2, loaded.context[device]);
+    status = load_functions();
+    if (status == LPSGD_OK)
+        status = ask_capturing(stream, &capturing);
+    if (status == LPSGD_OK && !capturing)
+        status = check_kernels(device);
+    status = leave_context(status);
+    loaded.ready[device] = status == LPSGD_OK && !capturing;
+    return status;
+}
+
+/* With the mutex. While another stream is being captured the driver would refuse a thread in the usual
+ * mode most of what loads kernels. */
+static lpsgd_status prepare(int device, CUstream stream)
+{
+    CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+    if (loaded.ready[device])
+        return LPSGD_OK;
+    if (loaded.failure[device][0]) {
+        snprintf(error_text, sizeof error_text, "%s", loaded.failure[device]);
+        return LPSGD_ERROR_CUDA;
+    }
+    lpsgd_status status = initialize();
+    if (status != LPSGD_OK)
+        return status;
+    CHECK(cuThreadExchangeStreamCaptureMode, &mode);
+    status = make_ready(device, stream);
+    const CUresult result = driver.cuThreadExchangeStreamCaptureMode(&mode);
+    return status != LPSGD_OK ? status : check("cuThreadExchangeStreamCaptureMode", result);
+}
+
+lpsgd_status lpsgd_cuda_prepare(int device, void *stream, int *capturing)
+{
+    pthread_once(&driver.once, find_driver);
+    if (driver.refusal[0]) {
+        snprintf(error_text, sizeof error_text, "%s", driver.refusal);
+        return LPSGD_ERROR_CUDA;
+    }
+    if (device < 0 || device >= DEVICES) {
+        snprintf(error_text, sizeof error_text, "there is no CUDA device %d", device);
+        return LPSGD_ERROR_CUDA;
+    }
+    pthread_mutex_lock(&loaded.mutex);
+    const lpsgd_status status = prepare(device, stream);
+    pthread_mutex_unlock(&loaded.mutex);
+    if (status != LPSGD_OK || !capturing)
+        return status;
+    CHECK(cuCtxPushCurrent_v2, loaded.context[device]);
+    return leave_context(ask_capturing(stream, capturing));
 }
 
 static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
@@ -314,20 +480,18 @@ static lpsgd_status step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dt
 {
     lpsgd_scalars k;
     int64_t total;
-    CUcontext popped;
     lpsgd_status status = lpsgd_fold(hyper, has_momentum, &k);
     if (status == LPSGD_OK)
         status = lpsgd_check_list(list, count, dtype, has_momentum, &k, &total);
     if (status == LPSGD_OK && has_device_number(target) && !target->scratch)
         status = LPSGD_ERROR_NULL;
     if (status == LPSGD_OK)
-        status = lpsgd_cuda_prepare(target->device);
+        status = lpsgd_cuda_prepare(target->device, target->stream, NULL);
     if (status != LPSGD_OK || !total)
         return status;
     CHECK(cuCtxPushCurrent_v2, loaded.context[target->device]);
-    status = launch_all(list, count, dtype, hyper, &k, has_momentum, target);
-    const lpsgd_status after = check("cuCtxPopCurrent_v2", driver.cuCtxPopCurrent_v2(&popped));
-    return status != LPSGD_OK ? status : after;
+    status = launch_all(list, count, dtype, hyper, &k, has_momentum, LPSGD_CUDA_FEW, target);
+    return leave_context(status);
 }
 
 lpsgd_status lpsgd_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,

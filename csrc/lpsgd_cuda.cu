@@ -3,6 +3,7 @@
  * lpsgd_cuda.cu: the CUDA kernels. Compiled to a fat binary by nvcc -fmad=false and embedded by
  * lpsgd_cuda.c; all of their work is lpsgd_cuda_kernel.h's.
  */
+#include "lpsgd_cuda_check.h"
 #include "lpsgd_cuda_kernel.h"
 
 static __device__ lpsgd_cuda_place this_thread(void)
@@ -11,21 +12,31 @@ static __device__ lpsgd_cuda_place this_thread(void)
     return place;
 }
 
-#define LPSGD_CUDA_GLOBAL(name)                                                                    \
+/* A kernel, which does `work` on as many tensors as its arguments have room for. */
+#define LPSGD_CUDA_GLOBAL(name, work, arguments)                                                   \
     extern "C" __global__ void __launch_bounds__(LPSGD_CUDA_THREADS)                               \
-        name(const __grid_constant__ lpsgd_cuda_step_arguments a)                                  \
+        name(const __grid_constant__ arguments a)                                                  \
     {                                                                                              \
-        name##_work(&a, this_thread());                                                            \
+        work(&a.common, a.tensor, this_thread());                                                  \
     }
 
-LPSGD_CUDA_GLOBAL(lpsgd_cuda_float32)
-LPSGD_CUDA_GLOBAL(lpsgd_cuda_float64)
-LPSGD_CUDA_GLOBAL(lpsgd_cuda_bfloat16)
-LPSGD_CUDA_GLOBAL(lpsgd_cuda_float16)
-LPSGD_CUDA_GLOBAL(lpsgd_cuda_bfloat16_wide)
-LPSGD_CUDA_GLOBAL(lpsgd_cuda_float16_wide)
+#define LPSGD_CUDA_GLOBALS(name, few)                                                              \
+    LPSGD_CUDA_GLOBAL(name, name##_work, lpsgd_cuda_step_arguments)                                \
+    LPSGD_CUDA_GLOBAL(few, name##_work, lpsgd_cuda_few_arguments)
+
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32, lpsgd_cuda_float32_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float64, lpsgd_cuda_float64_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16, lpsgd_cuda_bfloat16_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16, lpsgd_cuda_float16_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16_wide, lpsgd_cuda_bfloat16_wide_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_wide, lpsgd_cuda_float16_wide_few)
 
 extern "C" __global__ void lpsgd_cuda_fold_scalars(const __grid_constant__ lpsgd_cuda_fold_arguments a)
 {
     lpsgd_cuda_fold(&a);
+}
+
+/* What the steps of lpsgd_cuda_check.h run on. */
+extern "C" {
+__device__ lpsgd_cuda_check_memory lpsgd_cuda_checked[LPSGD_CUDA_CHECKS];
 }

@@ -8,7 +8,9 @@
 
 #ifndef CUDA_VERSION /* without cuda.h */
 typedef int CUresult; /* 0: success */
-typedef int CUdevice, CUjit_option, CUlibraryOption;
+typedef int CUdevice, CUjit_option, CUlibraryOption, CUstreamCaptureMode, CUstreamCaptureStatus;
+typedef unsigned long long CUdeviceptr;
+enum { CU_STREAM_NON_BLOCKING = 1, CU_STREAM_CAPTURE_MODE_RELAXED = 2 };
 typedef struct CUctx_st *CUcontext;
 typedef struct CUfunc_st *CUfunction;
 typedef struct CUkern_st *CUkernel;
@@ -23,6 +25,7 @@ typedef struct CUstream_st *CUstream;
     X(cuGetErrorString, (CUresult error, const char **text))                                       \
     X(cuDriverGetVersion, (int *version))                                                          \
     X(cuDeviceGet, (CUdevice *device, int ordinal))                                                \
+    X(cuDeviceGetName, (char *name, int size, CUdevice device))                                    \
     X(cuDevicePrimaryCtxRetain, (CUcontext *context, CUdevice device))                             \
     X(cuCtxPushCurrent_v2, (CUcontext context))                                                    \
     X(cuCtxPopCurrent_v2, (CUcontext *context))                                                    \
@@ -30,6 +33,16 @@ typedef struct CUstream_st *CUstream;
       (CUlibrary *library, const void *image, CUjit_option *jit_options, void **jit_values,        \
        unsigned jit_count, CUlibraryOption *options, void **values, unsigned count))               \
     X(cuLibraryGetKernel, (CUkernel *kernel, CUlibrary library, const char *name))                 \
+    X(cuLibraryGetGlobal,                                                                          \
+      (CUdeviceptr *pointer, size_t *size, CUlibrary library, const char *name))                   \
+    X(cuKernelGetFunction, (CUfunction *function, CUkernel kernel))                                \
+    X(cuFuncLoad, (CUfunction function))                                                           \
+    X(cuThreadExchangeStreamCaptureMode, (CUstreamCaptureMode *mode))                              \
+    X(cuStreamIsCapturing, (CUstream stream, CUstreamCaptureStatus *status))                       \
+    X(cuStreamCreate, (CUstream *stream, unsigned flags))                                          \
+    X(cuStreamSynchronize, (CUstream stream))                                                      \
+    X(cuStreamDestroy_v2, (CUstream stream))                                                       \
+    X(cuMemcpyAsync, (CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream))             \
     X(cuLaunchKernel,                                                                              \
       (CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,   \
        unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream stream,                 \

@@ -9,6 +9,9 @@
  * takes one tile after the other, and a thread 16 bytes of param at a time (a vector), wherever
  * param, grad and momentum_buffer are aligned to 16 bytes; else, and at a tensor's end, one element
  * at a time.
+ *
+ * Every kernel is there twice: for up to LPSGD_CUDA_FEW tensors, whose arguments take 4 KiB, and for
+ * all of them. Both are made of one source.
  */
 #ifndef LPSGD_CUDA_KERNEL_H
 #define LPSGD_CUDA_KERNEL_H
@@ -26,11 +29,13 @@
 enum {
     LPSGD_CUDA_THREADS = 256,
     LPSGD_CUDA_ROUNDS = 4,                       /* vectors of a thread in a tile */
-    LPSGD_CUDA_TENSORS = 500,                    /* fills the 32764 bytes of a kernel's arguments */
+    LPSGD_CUDA_TENSORS = 500,                    /* of the 32764 bytes of a kernel's arguments */
+    LPSGD_CUDA_FEW = 70,                         /* of 4096 bytes */
     LPSGD_CUDA_TILE_BYTES = LPSGD_CUDA_THREADS * LPSGD_CUDA_ROUNDS * 16
 };
 
-/* The kernels by their index; the names are those in lpsgd_cuda.cu. */
+/* The kernels by their index; the names are those in lpsgd_cuda.cu. Those for few tensors come
+ * LPSGD_CUDA_KINDS later. */
 enum {
     LPSGD_CUDA_FLOAT32,
     LPSGD_CUDA_FLOAT64,
@@ -38,7 +43,8 @@ enum {
     LPSGD_CUDA_FLOAT16,
     LPSGD_CUDA_BFLOAT16_WIDE, /* float32 momentum_buffer */
     LPSGD_CUDA_FLOAT16_WIDE,
-    LPSGD_CUDA_FOLD,
+    LPSGD_CUDA_KINDS,
+    LPSGD_CUDA_FOLD = 2 * LPSGD_CUDA_KINDS,
     LPSGD_CUDA_KERNELS
 };
 
@@ -49,7 +55,6 @@ typedef struct lpsgd_cuda_tensor {
     int64_t numel;
     uint64_t key, index; /* of the random bits */
     int64_t first_tile;  /* in the launch */
-    int64_t aligned;     /* whether vectors may be used */
 } lpsgd_cuda_tensor;
 
 /* A step's scalars as the kernels read them, from their arguments or from device memory. */
@@ -58,12 +63,24 @@ typedef struct lpsgd_cuda_scalars {
     int skip; /* a gradient was not finite: nothing is written */
 } lpsgd_cuda_scalars;
 
-typedef struct lpsgd_cuda_step_arguments {
-    lpsgd_cuda_tensor tensor[LPSGD_CUDA_TENSORS];
+/* What a launch's tensors have in common. It comes before them, where the addresses of constant memory
+ * are short. */
+typedef struct lpsgd_cuda_common {
     int64_t count, tiles;
     const lpsgd_cuda_scalars *device_scalars; /* NULL: `scalars` */
-    lpsgd_cuda_scalars scalars;
+    lpsgd_scalars scalars;
+} lpsgd_cuda_common;
+
+typedef struct lpsgd_cuda_step_arguments {
+    lpsgd_cuda_common common;
+    lpsgd_cuda_tensor tensor[LPSGD_CUDA_TENSORS];
 } lpsgd_cuda_step_arguments;
+
+/* The beginning of lpsgd_cuda_step_arguments, which is all that a kernel for few tensors is given. */
+typedef struct lpsgd_cuda_few_arguments {
+    lpsgd_cuda_common common;
+    lpsgd_cuda_tensor tensor[LPSGD_CUDA_FEW];
+} lpsgd_cuda_few_arguments;
 
 /* A number that a GPU may hold: value is the host's where pointer is NULL. */
 typedef struct lpsgd_cuda_fold_arguments {
@@ -78,22 +95,21 @@ LPSGD_INLINE void lpsgd_cuda_fill(lpsgd_cuda_step_arguments *a, const lpsgd_buff
                                   int64_t count, int64_t itemsize, int has_momentum, int64_t *done)
 {
     const int64_t tile = LPSGD_CUDA_TILE_BYTES / itemsize;
-    a->count = a->tiles = 0;
-    for (; *done < count && a->count < LPSGD_CUDA_TENSORS; (*done)++) {
+    lpsgd_cuda_common *c = &a->common;
+    c->count = c->tiles = 0;
+    for (; *done < count && c->count < LPSGD_CUDA_TENSORS; (*done)++) {
         const lpsgd_buffer *b = &list[*done];
         if (!b->numel)
             continue;
-        lpsgd_cuda_tensor *t = &a->tensor[a->count++];
+        lpsgd_cuda_tensor *t = &a->tensor[c->count++];
         t->param = b->param;
         t->grad = b->grad;
         t->momentum_buffer = has_momentum ? b->momentum_buffer : NULL;
         t->numel = b->numel;
-        t->key = lpsgd_key(a->scalars.k.rounding_key, b->stream);
+        t->key = lpsgd_key(c->scalars.rounding_key, b->stream);
         t->index = b->index;
-        t->first_tile = a->tiles;
-        t->aligned =
-            ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
-        a->tiles += b->numel / tile + (b->numel % tile != 0);
+        t->first_tile = c->tiles;
+        c->tiles += b->numel / tile + (b->numel % tile != 0);
     }
 }
 
@@ -127,17 +143,24 @@ LPSGD_INLINE void lpsgd_cuda_fold(const lpsgd_cuda_fold_arguments *a)
 }
 
 /* The tensor that a tile of the launch belongs to. */
-LPSGD_INLINE int64_t lpsgd_cuda_find(const lpsgd_cuda_step_arguments *a, int64_t tile)
+LPSGD_INLINE const lpsgd_cuda_tensor *lpsgd_cuda_find(const lpsgd_cuda_tensor *tensors, int64_t count,
+                                                      int64_t tile)
 {
-    int64_t low = 0, high = a->count - 1;
+    int64_t low = 0, high = count - 1;
     while (low < high) {
         const int64_t middle = (low + high + 1) / 2;
-        if (a->tensor[middle].first_tile <= tile)
+        if (tensors[middle].first_tile <= tile)
             low = middle;
         else
             high = middle - 1;
     }
-    return low;
+    return &tensors[low];
+}
+
+/* Whether vectors may be used. */
+LPSGD_INLINE int lpsgd_cuda_aligned(const lpsgd_cuda_tensor *t)
+{
+    return ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
 }
 
 /* Which thread this is, of LPSGD_CUDA_THREADS in each block. */
@@ -201,24 +224,22 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             ((M *)t->momentum_buffer)[i] = m;                                                      \
     }                                                                                              \
                                                                                                    \
-    LPSGD_INLINE void name##_work(const lpsgd_cuda_step_arguments *a, lpsgd_cuda_place place)      \
+    LPSGD_INLINE void name##_work(const lpsgd_cuda_common *common,                                 \
+                                  const lpsgd_cuda_tensor *tensors, lpsgd_cuda_place place)        \
     {                                                                                              \
-        const lpsgd_cuda_scalars *s = a->device_scalars ? a->device_scalars : &a->scalars;         \
-        const lpsgd_scalars copy = s->k, *k = &copy;                                               \
-        if (s->skip)                                                                               \
-            return;                                                                                \
-        for (int64_t tile = place.block; tile < a->tiles; tile += place.blocks) {                  \
-            const lpsgd_cuda_tensor *t = &a->tensor[lpsgd_cuda_find(a, tile)];                     \
+        const lpsgd_cuda_scalars *device = common->device_scalars;                                 \
+        const lpsgd_scalars copy = device ? device->k : common->scalars, *k = &copy;               \
+        int64_t tile = device && device->skip ? common->tiles : place.block;                       \
+        for (; tile < common->tiles; tile += place.blocks) {                                       \
+            const lpsgd_cuda_tensor *t = lpsgd_cuda_find(tensors, common->count, tile);            \
             const int64_t size = (int64_t)LPSGD_CUDA_TILE_BYTES / (int64_t)sizeof(T);              \
-            const int64_t start = (tile - t->first_tile) * size;                                   \
-            const int64_t end = t->numel - start < size ? t->numel : start + size;                 \
-            const int64_t vectors_end = (t->aligned ? end : start) / name##_width;                 \
-            for (int64_t v = start / name##_width + place.thread; v < vectors_end;                 \
-                 v += LPSGD_CUDA_THREADS)                                                          \
-                name##_vector(t, v, k);                                                            \
-            for (int64_t i = vectors_end * name##_width + place.thread; i < end;                   \
-                 i += LPSGD_CUDA_THREADS)                                                          \
-                name##_element(t, i, k);                                                           \
+            const int64_t start = (tile - t->first_tile) * size, left = t->numel - start;          \
+            const int count = (int)(left < size ? left : size);                                    \
+            const int vectors = lpsgd_cuda_aligned(t) ? count / name##_width : 0;                  \
+            for (int v = place.thread; v < vectors; v += LPSGD_CUDA_THREADS)                       \
+                name##_vector(t, start / name##_width + v, k);                                     \
+            for (int i = vectors * name##_width + place.thread; i < count; i += LPSGD_CUDA_THREADS)\
+                name##_element(t, start + i, k);                                                   \
         }                                                                                          \
     }
 

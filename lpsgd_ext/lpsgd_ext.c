@@ -126,13 +126,24 @@ static int bump_versions(const torch_api *torch, const tensor_lists *lists)
     return 0;
 }
 
-/* Fills in the stream of each CUDA group's device, and makes sure that steps can run there. */
+/* PyTorch's current stream of a CUDA device. 0, or -1, perhaps with an exception. */
+static int get_stream(const torch_api *torch, int device, void **stream)
+{
+    return !torch->dlpack->current_work_stream ||
+                   torch->dlpack->current_work_stream(LPSGD_DL_CUDA, device, stream)
+               ? -1
+               : 0;
+}
+
+/* Fills in the stream of each CUDA group's device, and makes sure that steps can run there; unless
+ * capturable, no stream may be captured: a graph would keep this step's lr and p. */
 static int prepare_cuda(const torch_api *torch, const tensor_lists *lists,
                         const buffer_groups *groups, lpsgd_cuda_target *targets,
-                        const lpsgd_cuda_target *numbers)
+                        const lpsgd_cuda_target *numbers, int capturable)
 {
     for (int i = 0; i < groups->count; i++) {
         const lpsgd_dl_device device = groups->group[i].device;
+        int capturing = 0;
         if (numbers->scratch &&
             (device.device_type != LPSGD_DL_CUDA || device.device_id != numbers->device)) {
             PyErr_Format(PyExc_ValueError, "%s(): with scratch, all params must be on its device",
@@ -143,15 +154,18 @@ static int prepare_cuda(const torch_api *torch, const tensor_lists *lists,
             continue;
         targets[i] = *numbers;
         targets[i].device = device.device_id;
-        if (lpsgd_cuda_prepare(device.device_id) != LPSGD_OK) {
+        if (get_stream(torch, device.device_id, &targets[i].stream)) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_RuntimeError, "PyTorch does not tell its current stream");
+            return -1;
+        }
+        if (lpsgd_cuda_prepare(device.device_id, targets[i].stream,
+                               capturable ? NULL : &capturing) != LPSGD_OK) {
             PyErr_Format(PyExc_RuntimeError, "%s(): %s", lists->function, lpsgd_cuda_error());
             return -1;
         }
-        if (!torch->dlpack->current_work_stream ||
-            torch->dlpack->current_work_stream(device.device_type, device.device_id,
-                                               &targets[i].stream)) {
-            if (!PyErr_Occurred())
-                PyErr_SetString(PyExc_RuntimeError, "PyTorch does not tell its current stream");
+        if (capturing) {
+            PyErr_Format(PyExc_RuntimeError, "%s(): the stream is being captured", lists->function);
             return -1;
         }
     }
@@ -182,7 +196,7 @@ static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_ta
 /* A step with numbers that have been checked: validate everything else, then mutate, or don't.
  * Returns 0, or -1 with an exception. */
 static int step(module_state *own, const tensor_lists *lists, const lpsgd_cuda_target *numbers,
-                int mutate)
+                int capturable, int mutate)
 {
     const torch_api *torch = &own->torch;
     buffer_groups groups = {.count = 0};
@@ -191,7 +205,7 @@ static int step(module_state *own, const tensor_lists *lists, const lpsgd_cuda_t
     int threads = 0, result = -1;
 
     if (tensor_lists_read(torch, &own->calls, lists, &groups) ||
-        prepare_cuda(torch, lists, &groups, targets, numbers))
+        prepare_cuda(torch, lists, &groups, targets, numbers, capturable))
         goto done;
     if (!mutate) {
         result = 0;
@@ -451,7 +465,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
         const param_section all = {PyTuple_Size(lists.tuple[0]), hyper};
         lists.sections = &all;
         lists.section_count = 1;
-        result = step(own, &lists, &numbers, !a.dry_run && found_inf == 0.0);
+        result = step(own, &lists, &numbers, 1, !a.dry_run && found_inf == 0.0);
     }
     release(&lists);
     return result == 0 ? Py_NewRef(Py_None) : NULL;
@@ -478,8 +492,8 @@ PyDoc_STRVAR(step_param_groups_doc,
 "    state: dict of each parameter's state, a dict with its momentum_buffer; None for LPSGD.\n"
 "    observed: step only groups with fused=True.\n"
 "\n"
-"Returns True if the step has been made, and False if anything about it is unusual, errors included:\n"
-"then nothing has changed. Raises CudaError as `lpsgdm_` does.");
+"Returns True if the step has been made, and False if anything about it is unusual, errors and the\n"
+"capture of a CUDA graph included: then nothing has changed. Raises CudaError as `lpsgdm_` does.");
 
 static PyObject *step_param_groups(PyObject *module, PyObject *args)
 {
@@ -505,7 +519,7 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
     for (int i = 0; i < lists.section_count && done == 1; i++)
         done = check_hyper(&sections[i].hyper) ? -1 : 1;
     if (done == 1)
-        done = step(own, &lists, &no_numbers, 1) ? -1 : 1;
+        done = step(own, &lists, &no_numbers, 0, 1) ? -1 : 1;
     release(&lists);
     PyMem_Free(sections);
     if (done < 0) {
@@ -591,15 +605,21 @@ PyDoc_STRVAR(cuda_refusal_doc,
 "--\n"
 "\n"
 "None if steps can run on the CUDA device of this index, else why they cannot: the driver's own\n"
-"words, or that this build has no CUDA kernels. Loads the driver and the kernels.");
+"words, that this build has no CUDA kernels, or in what their bits differ from the CPU's. Loads the\n"
+"driver and the kernels, and compares each once, but not while PyTorch's current stream there is\n"
+"captured in a graph, nor with LPSGD_CUDA_CHECK=0 in the environment.");
 
 static PyObject *cuda_refusal(PyObject *module, PyObject *object)
 {
-    (void)module;
-    const long device = PyLong_AsLong(object);
-    if (device == -1 && PyErr_Occurred())
+    const torch_api *torch = &state_of(module)->torch;
+    const long number = PyLong_AsLong(object);
+    if (number == -1 && PyErr_Occurred())
         return NULL;
-    if (lpsgd_cuda_prepare(device < -1 || device > INT_MAX ? -1 : (int)device) == LPSGD_OK)
+    const int device = number < -1 || number > INT_MAX ? -1 : (int)number;
+    void *stream = NULL;
+    if (lpsgd_cuda_version() && device >= 0 && get_stream(torch, device, &stream))
+        PyErr_Clear(); /* the driver will say what is wrong with the device */
+    if (lpsgd_cuda_prepare(device, stream, NULL) == LPSGD_OK)
         return Py_NewRef(Py_None);
     return PyUnicode_FromString(lpsgd_cuda_error());
 }

@@ -7,10 +7,14 @@ of `CUDA_CHECKS` make no sense elsewhere. Random numbers are drawn on the CPU.
 """
 
 import math
+import os
+import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -202,9 +206,10 @@ def kernels_by_default(device: torch.device) -> None:
 
 
 def more_tensors_than_a_launch_holds(device: torch.device) -> None:
-    for kind in (KINDS["float32"], KINDS["bfloat16, both"]):
+    """Of which the last launch has few, and many."""
+    for kind, count in product((KINDS["float32"], KINDS["bfloat16, both"]), (600, 1100)):
         generator = torch.Generator().manual_seed(1)
-        of = [sample(generator, (i % 9,), kind.dtype) for i in range(1100)]
+        of = [sample(generator, (i % 9,), kind.dtype) for i in range(count)]
         for cls in CLASSES:
             assert_equals_cpu(device, of, cls, p=4.0, **kind.values(cls))
 
@@ -428,6 +433,84 @@ def kernels_load(device: torch.device) -> None:
     assert refusal is None, refusal
 
 
+# Prints the seconds that the first call on a device takes, whose context there is already.
+FIRST_CALL = """
+import time, torch, lpsgd_ext
+torch.cuda.synchronize({0})
+begin = time.perf_counter()
+refusal = lpsgd_ext.cuda_refusal({0})
+print(time.perf_counter() - begin)
+assert refusal is None, refusal
+"""
+
+
+def kernels_checked(device: torch.device) -> str:
+    """What it takes to load the kernels and to compare them, in processes of their own."""
+    milliseconds = []
+    for wish in ("0", "1"):
+        result = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL.format(device.index)],
+            env={**os.environ, "LPSGD_CUDA_CHECK": wish},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        milliseconds.append(float(result.stdout) * 1e3)
+    without, both = milliseconds
+    return f"the first call takes {both:.1f} ms, and {without:.1f} ms without the comparison"
+
+
+@contextmanager
+def refused(words: str) -> Iterator[None]:
+    """Demands a RuntimeError with these words in a capture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an empty graph
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                yield
+        except RuntimeError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError("the capture was not refused")
+
+
+def refused_captures(device: torch.device) -> None:
+    """Those that would keep lr and p, or zero the momentum buffers at every replay."""
+    for cls in CLASSES:
+        of = samples(torch.float32)
+        params = place_params(of, device)
+        set_grads(params, of, 0)
+        optimizer = cls(params, lr=LR, p=6.0, fused=True)
+        optimizer.step()
+        with refused("capturable is False"):
+            optimizer.step()
+    optimizer = LPSGDM(params, lr=torch.tensor(LR, device=device), capturable=True, fused=True)
+    with refused("make a step before the capture"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def compiled(device: torch.device) -> None:
+    """In mode="reduce-overhead", which captures CUDA graphs, later values of lr and p count."""
+    of = samples(torch.float32)
+
+    def run(where: torch.device, cls: Class, mode: str | None) -> list[Tensor]:
+        params = place_params(of, where)
+        optimizer = cls(params, lr=LR, p=6.0, fused=True)
+        step = torch.compile(optimizer.step, mode=mode) if mode else optimizer.step
+        set_grads(params, of, 0)
+        for i, (lr, p, *_) in enumerate(REPLAYS):
+            for param, one in zip(params, of, strict=True):
+                assert param.grad is not None
+                param.grad.copy_(one.grads[i % STEPS])
+            optimizer.param_groups[0].update(lr=lr, p=p)
+            step()
+        return results(optimizer)
+
+    for cls in CLASSES:
+        assert_same_bits(run(device, cls, "reduce-overhead"), run(CPU, cls, None))
+
+
 def side_stream(device: torch.device) -> None:
     """A step waits for what is before it on its stream, and what comes after waits for the step."""
     for cls in CLASSES:
@@ -532,6 +615,9 @@ CHECKS: dict[str, Check] = {
 }
 
 CUDA_CHECKS: dict[str, Check] = {
+    "how long loading and comparing the kernels takes": kernels_checked,
+    "captures that have to be refused": refused_captures,
+    "torch.compile with CUDA graphs": compiled,
     "a side stream": side_stream,
     "no step waits for the device": nothing_waits,
     "replays of PyTorch's operations": captured_pytorch_operations,
@@ -542,6 +628,9 @@ CUDA_CHECKS: dict[str, Check] = {
 # compute-sanitizer lets the host wait, is slow, and finds more without PyTorch's caching allocator,
 # which captures need.
 NOT_UNDER_SANITIZER = (
+    "how long loading and comparing the kernels takes",
+    "captures that have to be refused",
+    "torch.compile with CUDA graphs",
     "more than 2^31 elements",
     "replays of a CUDA graph",
     "no step waits for the device",

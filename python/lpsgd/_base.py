@@ -185,7 +185,6 @@ class LPOptimizer(Optimizer):
             self._eager_step()
         return loss
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _shares_memory(self) -> bool:
         """Whether a parameter is listed twice or shares memory with other tensors of a step, as far
         as there are any when a graph is made."""
@@ -193,6 +192,9 @@ class LPOptimizer(Optimizer):
         buffers = [self.state.get(param, {}).get("momentum_buffer") for param in params]
         rows = zip(params, [param.grad for param in params], buffers, strict=True)
         return bool(sharing([tuple(map(span, row)) for row in rows]))
+
+    # As torch.compiler.assume_constant_result does, which imports torch._dynamo.
+    _shares_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _eager_step(self) -> None:
         if not self._usual_step():

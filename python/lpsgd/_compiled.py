@@ -3,8 +3,8 @@
 
 import itertools
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -53,22 +53,24 @@ def traced_step(optimizer: "LPOptimizer") -> None:
         numbered = enumerate(group["params"], first)
         streams.append([i for i, param in numbered if param.grad is not None])
         first += len(group["params"])
-    for i, (params, grads) in enumerate(lists):
-        if params:
-            buffers = optimizer._traced_buffers(groups[i], params)
-            # Not by no_grad: a compiled graph that raises would leave grad mode off.
-            detached = [param.detach() for param in params]
-            _compiled_step(detached, grads, buffers, streams[i], optimizer._number, i)
+    grad_mode = torch.is_grad_enabled()
+    # With autograd Inductor would step copies, and copy them back outside of its graph.
+    with torch.no_grad():
+        for i, (params, grads) in enumerate(lists):
+            if params:
+                buffers = optimizer._traced_buffers(groups[i], params)
+                step = _capturable_step if groups[i]["capturable"] else _compiled_step
+                step(params, grads, buffers, streams[i], optimizer._number, i, grad_mode)
 
 
-@torch.library.custom_op("lpsgd::step_", mutates_args=("params", "momentum_buffers"))
-def _compiled_step(
+def _step_group(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     streams: Sequence[int],
     optimizer: int,
     group: int,
+    grad_mode: bool,
 ) -> None:
     """The step of one group, which runs when the graph does. lr, p and the like are read from the
     group then, so that no graph depends on them."""
@@ -76,12 +78,40 @@ def _compiled_step(
     if not momentum_buffers:
         del lists[2]
     self = _optimizers[optimizer]
-    if not _unusual.has_found_inf(self):
-        gathered = Gathered(self.param_groups[group], lists, list(streams))
-        for call in _unusual.prepare(self, [gathered]):
-            call()
+    try:
+        if not self.param_groups[group]["capturable"]:
+            _unusual.check_capture(self)
+        if not _unusual.has_found_inf(self):
+            gathered = Gathered(self.param_groups[group], lists, list(streams))
+            for call in _unusual.prepare(self, [gathered]):
+                call()
+    except BaseException:
+        torch.set_grad_enabled(grad_mode)  # a graph that raises does not come to its end
+        raise
 
 
-@_compiled_step.register_fake
-def _(*args: Any) -> None:
-    return None
+def _step_op(name: str, tags: Sequence[torch.Tag]) -> Callable[..., None]:
+    operation = torch.library.custom_op(
+        name, _step_group, mutates_args=("params", "momentum_buffers"), tags=tags
+    )
+    operation.register_fake(lambda *args: None)
+    return operation
+
+
+# A CUDA graph of Inductor's (mode="reduce-overhead") would keep the lr and p of its capture for
+# good. What has this tag stays outside of it.
+_OUTSIDE_OF_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+_compiled_step = _step_op("lpsgd::step_", _OUTSIDE_OF_CUDA_GRAPHS)
+_capturable_step = _step_op("lpsgd::capturable_step_", ())
+
+
+def new_buffer(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A momentum buffer."""
+    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+# The same as a graph calls it: in a CUDA graph it would lie in memory that the next graph may take.
+traced_new_buffer = torch.library.custom_op(
+    "lpsgd::new_buffer", new_buffer, mutates_args=(), tags=_OUTSIDE_OF_CUDA_GRAPHS
+)
+traced_new_buffer.register_fake(new_buffer)

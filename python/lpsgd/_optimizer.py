@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 import lpsgd_ext
 
 from ._base import LPOptimizer, defaults_of
+from ._compiled import new_buffer, traced_new_buffer
 from ._unusual import Fresh, Lists, States
 from ._values import momentum_dtype_of, with_hints
 
@@ -43,7 +44,8 @@ class LPSGD(LPOptimizer):
             paper; `suggest_pivot`, or about 1e-4, keeps the step from shrinking as p goes to 2.
         maximize: maximize the objective instead of minimizing it.
         foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one.
-        capturable: the step may be captured in a CUDA graph: a Tensor lr stays on the device.
+        capturable: the step may be captured in a CUDA graph, whose replays read a Tensor lr or p on
+            the device anew; a number stays what it was. Otherwise a capture raises.
         differentiable: autograd goes through the step, also to a Tensor lr or weight_decay.
         fused: True demands the C kernels and raises where they can't be used; None takes them
             wherever they can; False never does.
@@ -178,7 +180,7 @@ class LPSGDM(LPOptimizer):
             buffer = state.get("momentum_buffer")
             if buffer is None:
                 if param not in fresh:
-                    fresh[param] = _new_buffer(group, param)
+                    fresh[param] = new_buffer(param, _buffer_dtype(group, param))
                 buffer = fresh[param]
             params.append(param)
             grads.append(grad)
@@ -189,13 +191,13 @@ class LPSGDM(LPOptimizer):
         states = [self.state[param] for param in params]
         for param, state in zip(params, states, strict=True):
             if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = _new_buffer(group, param)
+                dtype = _buffer_dtype(group, param)
+                state["momentum_buffer"] = traced_new_buffer(param, dtype)
         return [state["momentum_buffer"] for state in states]
 
     def _native_step(self, lists: Lists, **values: Any) -> None:
         lpsgd_ext.lpsgdm_(lists[0], lists[1], lists[2], **values)
 
 
-def _new_buffer(group: dict[str, Any], param: Tensor) -> Tensor:
-    dtype = momentum_dtype_of(param, group["momentum_dtype"] is not None)
-    return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+def _buffer_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
+    return momentum_dtype_of(param, group["momentum_dtype"] is not None)

@@ -39,6 +39,11 @@ _STATE_FOLLOWS = (
 )
 _STATE_STARTS_ANEW = "; optimizer.state.pop(param) lets a parameter of a new shape start anew"
 _NO_SPARSE = "LPSGD and LPSGDM do not support sparse tensors"
+# The second is its name in older PyTorch.
+_check_graph_capture: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or Optimizer._cuda_graph_capture_health_check
+)
 
 
 class Gathered(NamedTuple):
@@ -60,10 +65,13 @@ class Row(NamedTuple):
 
 def unusual_step(optimizer: "LPOptimizer") -> None:
     """Makes a step that is not one call of C, or raises and has changed nothing."""
+    check_capture(optimizer)
     if has_found_inf(optimizer):
         return
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         gathered, fresh = _gather(optimizer)
+        if fresh:
+            _check_may_make_state()
         state = optimizer.state
         stateless = [param for param in fresh if param not in state]
         empty = [param for param in fresh if "momentum_buffer" in state.get(param, ())]
@@ -83,6 +91,21 @@ def unusual_step(optimizer: "LPOptimizer") -> None:
             raise
         for call in calls:
             call()
+
+
+def check_capture(optimizer: Optimizer) -> None:
+    """Raises torch.optim's error where a step that is not capturable is being captured in a CUDA
+    graph: its replays would keep this step's lr and p."""
+    if torch.cuda.is_initialized():  # otherwise nothing is
+        _check_graph_capture(optimizer)
+
+
+def _check_may_make_state() -> None:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "momentum buffers cannot be made while a CUDA graph is captured, as every replay would "
+            "set them to zero: make a step before the capture"
+        )
 
 
 def has_found_inf(optimizer: Optimizer) -> bool:

@@ -8,6 +8,7 @@
 #include "cuda_double.h"
 
 #include "cuda_grid.h"
+#include "lpsgd_cuda_check.h"
 
 #include <pthread.h>
 #include <stdarg.h>
@@ -16,12 +17,15 @@
 
 enum {
     INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
     NOT_INITIALIZED = 3,
     INVALID_DEVICE = 101,
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_IMPLICIT = 906,
     ILLEGAL_ADDRESS = 700,
     MISALIGNED_ADDRESS = 716,
 };
@@ -32,7 +36,7 @@ static const struct {
 } errors[] = {
     {0, "CUDA_SUCCESS", "no error"},
     {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
-    {2, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+    {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
     {100, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
@@ -40,8 +44,11 @@ static const struct {
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+     "operation not permitted when stream is capturing"},
     {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {MISALIGNED_ADDRESS, "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"},
+    {209, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
 };
 
@@ -50,33 +57,42 @@ struct CUctx_st {
 };
 
 struct CUstream_st {
-    int device;
+    int device, capturing;
 };
 
 struct CUkern_st {
     const char *name;
     grid_thread *thread; /* NULL: lpsgd_cuda_fold_scalars */
     int param_size, momentum_size;
+    size_t arguments; /* their size, which is all that the driver takes of a launch's */
 };
 
 struct CUlib_st {
     const struct fat_binary *image;
 };
 
-#define DOUBLE_KERNEL(name, param_type, momentum_type)                                             \
-    {#name, name##_thread, (int)sizeof(param_type), (int)sizeof(momentum_type)}
+#define DOUBLE_KERNEL(index, name, param_type, momentum_type)                                      \
+    [index] = {#name, name##_thread, (int)sizeof(param_type), (int)sizeof(momentum_type),          \
+               sizeof(lpsgd_cuda_step_arguments)},                                                 \
+    [LPSGD_CUDA_KINDS + index] = {#name "_few", name##_thread, (int)sizeof(param_type),            \
+                                  (int)sizeof(momentum_type), sizeof(lpsgd_cuda_few_arguments)}
 
 static struct CUkern_st kernels[LPSGD_CUDA_KERNELS] = {
-    DOUBLE_KERNEL(lpsgd_cuda_float32, float, float),
-    DOUBLE_KERNEL(lpsgd_cuda_float64, double, double),
-    DOUBLE_KERNEL(lpsgd_cuda_bfloat16, uint16_t, uint16_t),
-    DOUBLE_KERNEL(lpsgd_cuda_float16, uint16_t, uint16_t),
-    DOUBLE_KERNEL(lpsgd_cuda_bfloat16_wide, uint16_t, float),
-    DOUBLE_KERNEL(lpsgd_cuda_float16_wide, uint16_t, float),
-    {"lpsgd_cuda_fold_scalars", NULL, 0, 0},
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT32, lpsgd_cuda_float32, float, float),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT64, lpsgd_cuda_float64, double, double),
+    DOUBLE_KERNEL(LPSGD_CUDA_BFLOAT16, lpsgd_cuda_bfloat16, uint16_t, uint16_t),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT16, lpsgd_cuda_float16, uint16_t, uint16_t),
+    DOUBLE_KERNEL(LPSGD_CUDA_BFLOAT16_WIDE, lpsgd_cuda_bfloat16_wide, uint16_t, float),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT16_WIDE, lpsgd_cuda_float16_wide, uint16_t, float),
+    [LPSGD_CUDA_FOLD] = {"lpsgd_cuda_fold_scalars", NULL, 0, 0, sizeof(lpsgd_cuda_fold_arguments)},
 };
 
 _Static_assert(sizeof(lpsgd_cuda_step_arguments) <= 32764, "a kernel's arguments");
+_Static_assert(sizeof(lpsgd_cuda_few_arguments) <= 4096, "the arguments of one for few tensors");
+_Static_assert(sizeof(lpsgd_cuda_few_arguments) + sizeof(lpsgd_cuda_tensor) > 4096, "no fewer");
+_Static_assert(offsetof(lpsgd_cuda_few_arguments, tensor) ==
+                   offsetof(lpsgd_cuda_step_arguments, tensor),
+               "the one's beginning is the other");
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct {
@@ -85,16 +101,21 @@ static struct {
     struct CUctx_st context[DOUBLE_DEVICES];
     struct CUlib_st library;
     size_t used[DOUBLE_DEVICES];
+    int has_stream[DOUBLE_DEVICES]; /* one that cuStreamCreate made */
+    void *global[DOUBLE_DEVICES];   /* lpsgd_cuda_checked */
+    char wrong[64];
     char failing[64];
     int nth;
     CUresult error;
-    char log[1 << 16];
+    char log[1 << 18];
 } state;
-static struct CUstream_st streams[DOUBLE_DEVICES][DOUBLE_STREAMS];
+/* The last is that of cuStreamCreate. */
+static struct CUstream_st streams[DOUBLE_DEVICES][DOUBLE_STREAMS + 1];
 static _Thread_local struct {
     CUcontext context[16];
     int depth;
 } stack;
+static _Thread_local CUstreamCaptureMode capture_mode; /* 0: global */
 
 /* One file, mapped twice: at the kernels' addresses and at the host's. */
 static const size_t total = (size_t)DOUBLE_DEVICES * DOUBLE_MEMORY;
@@ -117,7 +138,7 @@ __attribute__((constructor)) static void start(void)
     memory = map(PROT_NONE);
     host = map(PROT_READ | PROT_WRITE);
     for (int i = 0; i < DOUBLE_DEVICES; i++)
-        for (int j = 0; j < DOUBLE_STREAMS; j++)
+        for (int j = 0; j <= DOUBLE_STREAMS; j++)
             streams[i][j].device = i;
     double_reset(3);
 }
@@ -133,6 +154,10 @@ void double_reset(int devices)
     state.run = 1;
     state.nth = -1;
     stack.depth = 0;
+    capture_mode = 0;
+    for (int i = 0; i < DOUBLE_DEVICES; i++)
+        for (int j = 0; j <= DOUBLE_STREAMS; j++)
+            streams[i][j].capturing = 0;
     double_open(0);
     if (ftruncate(file, 0) || ftruncate(file, (off_t)total))
         abort();
@@ -165,14 +190,22 @@ void double_run(int run)
     state.run = run;
 }
 
+/* With the mutex. */
+static void *allocate(int device, size_t size)
+{
+    const size_t at = state.used[device], end = at + (size + 255) / 256 * 256;
+    if (end > DOUBLE_MEMORY)
+        return NULL;
+    state.used[device] = end;
+    return memory + (size_t)device * DOUBLE_MEMORY + at;
+}
+
 void *double_allocate(int device, size_t size)
 {
     pthread_mutex_lock(&mutex);
-    const size_t at = state.used[device], end = at + (size + 255) / 256 * 256;
-    if (end <= DOUBLE_MEMORY)
-        state.used[device] = end;
+    void *const allocated = allocate(device, size);
     pthread_mutex_unlock(&mutex);
-    return end <= DOUBLE_MEMORY ? memory + (size_t)device * DOUBLE_MEMORY + at : NULL;
+    return allocated;
 }
 
 int double_device_of(const void *pointer)
@@ -195,6 +228,34 @@ void double_open(int open)
 CUstream double_stream(int device, int number)
 {
     return number ? &streams[device][number] : NULL;
+}
+
+void double_capture(int device, int number, int capturing)
+{
+    streams[device][number].capturing = capturing;
+}
+
+void double_wrong(const char *name)
+{
+    snprintf(state.wrong, sizeof state.wrong, "%s", name);
+}
+
+int double_is_left_as_found(void)
+{
+    int streams_left = 0;
+    for (int i = 0; i < DOUBLE_DEVICES; i++)
+        streams_left += state.has_stream[i];
+    return !streams_left && !stack.depth && !capture_mode;
+}
+
+/* Whether the calling thread is kept from what might disturb a capture. */
+static int capture_forbids(void)
+{
+    int capturing = 0;
+    for (int i = 0; i < DOUBLE_DEVICES; i++)
+        for (int j = 0; j <= DOUBLE_STREAMS; j++)
+            capturing |= streams[i][j].capturing;
+    return capturing && capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED;
 }
 
 /* -1: it is no context that somebody has retained. */
@@ -314,6 +375,15 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal)
     return end(0);
 }
 
+CUresult cuDeviceGetName(char *name, int size, CUdevice device)
+{
+    BEGIN(name, 1, " %d", device - 1000);
+    if (device < 1000 || device >= 1000 + state.devices || size < 1)
+        return end(INVALID_DEVICE);
+    snprintf(name, (size_t)size, "Double %d", device - 1000);
+    return end(0);
+}
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
 {
     const int ordinal = device - 1000;
@@ -359,6 +429,8 @@ CUresult cuLibraryLoadData(CUlibrary *library, const void *image, CUjit_option *
 {
     const fat_binary *binary = image;
     BEGIN(library, 1, "%s", "");
+    if (capture_forbids())
+        return end(CAPTURE_UNSUPPORTED);
     if (!image || jit_count || jit_options || jit_values || count || options || values)
         return end(INVALID_VALUE);
     if (binary->magic != 0xba55ed50 || binary->version != 1 || binary->header_size != 16)
@@ -368,13 +440,13 @@ CUresult cuLibraryLoadData(CUlibrary *library, const void *image, CUjit_option *
     return end(0);
 }
 
-/* Whether the image has the name followed by a bracket. */
-static int has_kernel(const fat_binary *binary, const char *name)
+/* Whether the image has the name followed by a bracket or comma. */
+static int has_name(const fat_binary *binary, const char *name)
 {
     const size_t length = strlen(name);
     for (size_t i = 0; i + length < binary->size; i++)
         if (memcmp(binary->content + i, name, length) == 0 &&
-            strchr("()", binary->content[i + length]))
+            strchr("(),[", binary->content[i + length]))
             return 1;
     return 0;
 }
@@ -385,11 +457,157 @@ CUresult cuLibraryGetKernel(CUkernel *kernel, CUlibrary library, const char *nam
     if (library != &state.library || !library->image)
         return end(INVALID_HANDLE);
     for (int i = 0; i < LPSGD_CUDA_KERNELS; i++)
-        if (strcmp(kernels[i].name, name) == 0 && has_kernel(library->image, name)) {
+        if (strcmp(kernels[i].name, name) == 0 && has_name(library->image, name)) {
             *kernel = &kernels[i];
             return end(0);
         }
     return end(NOT_FOUND);
+}
+
+CUresult cuLibraryGetGlobal(CUdeviceptr *pointer, size_t *size, CUlibrary library, const char *name)
+{
+    const int device = double_current();
+    const size_t needed = LPSGD_CUDA_CHECKS * sizeof(lpsgd_cuda_check_memory);
+    BEGIN(pointer, 1, " %s", name);
+    if (device < 0)
+        return end(INVALID_CONTEXT);
+    if (library != &state.library || strcmp(name, "lpsgd_cuda_checked") != 0 ||
+        !has_name(library->image, name))
+        return end(NOT_FOUND);
+    if (!state.global[device])
+        state.global[device] = allocate(device, needed);
+    *pointer = (CUdeviceptr)(uintptr_t)state.global[device];
+    *size = needed;
+    return end(state.global[device] ? 0 : OUT_OF_MEMORY);
+}
+
+static int is_kernel(CUkernel kernel)
+{
+    return kernel >= kernels && kernel < kernels + LPSGD_CUDA_KERNELS;
+}
+
+CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel)
+{
+    BEGIN(function, 1, " %s device %d", is_kernel(kernel) ? kernel->name : "?", double_current());
+    if (double_current() < 0)
+        return end(INVALID_CONTEXT);
+    if (!is_kernel(kernel))
+        return end(INVALID_HANDLE);
+    if (capture_forbids())
+        return end(CAPTURE_UNSUPPORTED);
+    *function = (CUfunction)kernel;
+    return end(0);
+}
+
+CUresult cuFuncLoad(CUfunction function)
+{
+    const CUkernel kernel = (CUkernel)function;
+    CUresult error =
+        begin(__func__, 1, " %s device %d", is_kernel(kernel) ? kernel->name : "?", double_current());
+    if (!error && !is_kernel(kernel))
+        error = INVALID_HANDLE;
+    if (!error && capture_forbids())
+        error = CAPTURE_UNSUPPORTED;
+    return end(error);
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode *mode)
+{
+    const CUstreamCaptureMode old = capture_mode;
+    CUresult error = begin(__func__, 1, " %d", (int)*mode);
+    if (!error && *mode != 0 && *mode != CU_STREAM_CAPTURE_MODE_RELAXED)
+        error = INVALID_VALUE;
+    if (!error) {
+        capture_mode = *mode;
+        *mode = old;
+    }
+    return end(error);
+}
+
+/* The number of a stream of the device; -1: it is none of its. */
+static int number_of_stream(int device, CUstream stream)
+{
+    if (device >= 0 && state.has_stream[device] && stream == &streams[device][DOUBLE_STREAMS])
+        return DOUBLE_STREAMS;
+    for (int i = 0; i < DOUBLE_STREAMS && device >= 0; i++)
+        if (stream == double_stream(device, i))
+            return i;
+    return -1;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status)
+{
+    const int device = double_current(), number = number_of_stream(device, stream);
+    BEGIN(status, 1, " device %d stream %d", device, number);
+    if (number < 0)
+        return end(INVALID_HANDLE);
+    for (int i = 1; i < DOUBLE_STREAMS && !number; i++)
+        if (streams[device][i].capturing)
+            return end(CAPTURE_IMPLICIT);
+    *status = streams[device][number].capturing;
+    return end(0);
+}
+
+/* One at a time for a device. */
+CUresult cuStreamCreate(CUstream *stream, unsigned flags)
+{
+    const int device = double_current();
+    BEGIN(stream, 1, " device %d flags %u", device, flags);
+    if (device < 0 || state.has_stream[device])
+        return end(INVALID_CONTEXT);
+    if (capture_forbids())
+        return end(CAPTURE_UNSUPPORTED);
+    state.has_stream[device] = 1;
+    *stream = &streams[device][DOUBLE_STREAMS];
+    return end(0);
+}
+
+CUresult cuStreamDestroy_v2(CUstream stream)
+{
+    const int device = double_current();
+    CUresult error = begin(__func__, 1, " device %d", device);
+    if (!error && number_of_stream(device, stream) != DOUBLE_STREAMS)
+        error = INVALID_HANDLE;
+    if (device >= 0)
+        state.has_stream[device] = 0;
+    return end(error);
+}
+
+CUresult cuStreamSynchronize(CUstream stream)
+{
+    const int device = double_current(), number = number_of_stream(device, stream);
+    CUresult error = begin(__func__, 1, " device %d stream %d", device, number);
+    if (!error && number < 0)
+        error = INVALID_HANDLE;
+    if (!error && (streams[device][number].capturing || capture_forbids()))
+        error = CAPTURE_UNSUPPORTED;
+    return end(error);
+}
+
+/* Where the host finds memory of the device, or its own; NULL: it is another device's, or too short. */
+static void *memory_of(int device, CUdeviceptr pointer, size_t size)
+{
+    void *const at = (void *)(uintptr_t)pointer;
+    if (double_device_of(at) < 0)
+        return at;
+    const int fits = double_device_of((unsigned char *)at + size - 1) == device;
+    return fits && double_device_of(at) == device ? double_host(at) : NULL;
+}
+
+CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream stream)
+{
+    const int device = double_current(), number = number_of_stream(device, stream);
+    void *const target = memory_of(device, to, size), *const source = memory_of(device, from, size);
+    CUresult error = begin(__func__, 1, " device %d stream %d", device, number);
+    if (!error && number < 0)
+        error = INVALID_HANDLE;
+    if (!error && (!target || !source || !size))
+        error = INVALID_VALUE;
+    if (!error && capture_forbids())
+        error = CAPTURE_UNSUPPORTED;
+    if (!error && state.run)
+        memcpy(target, source, size);
+    return end(error);
 }
 
 /* Turns a kernel's pointer to `size` bytes into the host's. 0 or the error. */
@@ -423,39 +641,35 @@ static CUresult run_fold(int device, const void *arguments)
     }
     if (!error)
         lpsgd_cuda_fold(&a);
+    if (!error && strcmp(state.wrong, kernels[LPSGD_CUDA_FOLD].name) == 0)
+        a.result->k.step_size *= 1.0f + 0x1p-23f;
     return error;
 }
 
+/* What a step's kernel does; of the wrong one, with a bit of the first momentum buffer turned round. */
 static CUresult run_step(int device, CUkernel kernel, const void *arguments, unsigned blocks,
                          unsigned threads)
 {
     static lpsgd_cuda_step_arguments a; /* the mutex is held */
-    memcpy(&a, arguments, sizeof a);
-    CUresult error = translate(device, &a.device_scalars, sizeof *a.device_scalars, 8);
-    for (int64_t i = 0; i < a.count && !error; i++) {
+    memset(&a, 0xab, sizeof a);
+    memcpy(&a, arguments, kernel->arguments);
+    CUresult error = translate(device, &a.common.device_scalars, sizeof(lpsgd_cuda_scalars), 8);
+    for (int64_t i = 0; i < a.common.count && !error; i++) {
         lpsgd_cuda_tensor *t = &a.tensor[i];
         const int64_t size = t->numel * kernel->param_size;
-        const int alignment = t->aligned ? 16 : kernel->param_size;
-        error = translate(device, &t->param, size, alignment);
+        error = translate(device, &t->param, size, kernel->param_size);
         if (!error)
-            error = translate(device, &t->grad, size, alignment);
+            error = translate(device, &t->grad, size, kernel->param_size);
         if (!error)
             error = translate(device, &t->momentum_buffer, t->numel * kernel->momentum_size,
-                              t->aligned ? 16 : kernel->momentum_size);
+                              kernel->momentum_size);
     }
     for (unsigned block = 0; block < blocks && !error; block++)
         for (unsigned thread = 0; thread < threads; thread++)
-            kernel->thread(&a, (lpsgd_cuda_place){block, blocks, (int)thread});
+            kernel->thread(&a.common, a.tensor, (lpsgd_cuda_place){block, blocks, (int)thread});
+    if (!error && strcmp(kernel->name, state.wrong) == 0 && a.tensor[0].momentum_buffer)
+        *(unsigned char *)a.tensor[0].momentum_buffer ^= 1;
     return error;
-}
-
-/* The number of a stream of the device; -1: it is none of its. */
-static int number_of_stream(int device, CUstream stream)
-{
-    for (int i = 0; i < DOUBLE_STREAMS && device >= 0; i++)
-        if (stream == double_stream(device, i))
-            return i;
-    return -1;
 }
 
 CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
@@ -464,7 +678,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
 {
     const CUkernel kernel = (CUkernel)function;
     const int device = double_current(), number = number_of_stream(device, stream);
-    const int known = kernel >= kernels && kernel < kernels + LPSGD_CUDA_KERNELS;
+    const int known = is_kernel(kernel);
     const CUresult refusal =
         begin(__func__, 1, " %s device %d stream %d grid %u %u %u block %u %u %u shared %u",
               known ? kernel->name : "?", device, number, grid_x, grid_y, grid_z, block_x, block_y,
@@ -480,7 +694,7 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
         !grid_x || !grid_y || !grid_z || grid_x > INT32_MAX || grid_y > 65535 || grid_z > 65535 ||
         shared_bytes > 48 * 1024)
         return end(INVALID_VALUE);
-    if (!state.run)
+    if (!state.run || streams[device][number].capturing)
         return end(0);
     return end(kernel->thread ? run_step(device, kernel, arguments[0], grid_x, block_x)
                               : run_fold(device, arguments[0]));

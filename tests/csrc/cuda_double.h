@@ -47,6 +47,16 @@ void double_open(int open);
 /* Stream 0 is NULL, the default stream of every device. */
 CUstream double_stream(int device, int number);
 
+/* Whether a stream is being captured: what is launched there does not run. */
+void double_capture(int device, int number, int capturing);
+
+/* Makes the kernel of this name leave a wrong bit in a momentum buffer, or fold a wrong step size;
+ * "": none. */
+void double_wrong(const char *name);
+
+/* Whether the calling thread has no context and the usual capture mode, and no stream is left over. */
+int double_is_left_as_found(void);
+
 /* The device of the calling thread's current context; -1: there is none. */
 int double_current(void);
 

@@ -10,12 +10,14 @@
 
 #include "helpers.h"
 
-typedef void grid_thread(const lpsgd_cuda_step_arguments *a, lpsgd_cuda_place place);
+typedef void grid_thread(const lpsgd_cuda_common *common, const lpsgd_cuda_tensor *tensors,
+                         lpsgd_cuda_place place);
 
 #define GRID_THREAD(name)                                                                          \
-    static void name##_thread(const lpsgd_cuda_step_arguments *a, lpsgd_cuda_place place)          \
+    static void name##_thread(const lpsgd_cuda_common *common, const lpsgd_cuda_tensor *tensors,   \
+                              lpsgd_cuda_place place)                                              \
     {                                                                                              \
-        name##_work(a, place);                                                                     \
+        name##_work(common, tensors, place);                                                       \
     }
 
 GRID_THREAD(lpsgd_cuda_float32)
@@ -42,7 +44,7 @@ static inline void run_block(const lpsgd_cuda_step_arguments *a, grid_thread *th
                              int64_t block, int64_t blocks)
 {
     for (int i = 0; i < LPSGD_CUDA_THREADS; i++)
-        thread(a, (lpsgd_cuda_place){block, blocks, i});
+        thread(&a->common, a->tensor, (lpsgd_cuda_place){block, blocks, i});
 }
 
 /* All launches of a list, each of one block per tile but of no more than most_blocks. */
@@ -52,7 +54,7 @@ static inline void run_grids(lpsgd_cuda_step_arguments *a, test_list *list, int 
     for (int64_t done = 0; done < list->count;) {
         lpsgd_cuda_fill(a, list->buffers, list->count, format_of(list->kind.dtype).size,
                         has_momentum, &done);
-        const int64_t blocks = a->tiles < most_blocks ? a->tiles : most_blocks;
+        const int64_t tiles = a->common.tiles, blocks = tiles < most_blocks ? tiles : most_blocks;
         for (int64_t block = 0; block < blocks; block++)
             run_block(a, grid_thread_of(list->kind), block, blocks);
     }
@@ -63,7 +65,7 @@ static inline lpsgd_status grid_step_list(test_list *list, const lpsgd_hyper *hy
                                           int has_momentum, int most_blocks)
 {
     static lpsgd_cuda_step_arguments a;
-    const lpsgd_status status = lpsgd_fold(hyper, has_momentum, &a.scalars.k);
+    const lpsgd_status status = lpsgd_fold(hyper, has_momentum, &a.common.scalars);
     if (status == LPSGD_OK)
         run_grids(&a, list, has_momentum, most_blocks);
     return status;

@@ -31,7 +31,7 @@ static int read_tensor(void *tensor, lpsgd_dl_tensor *out)
 
 static int read_stream(int32_t device_type, int32_t device, void **out)
 {
-    if (device_type != LPSGD_DL_CUDA || failing)
+    if (device_type != LPSGD_DL_CUDA || device < 0 || device >= DOUBLE_DEVICES || failing)
         return -1;
     *out = double_stream(device, current_stream[device]);
     return 0;

@@ -35,17 +35,40 @@ static void start_anew(int devices)
     driver.once = (pthread_once_t)PTHREAD_ONCE_INIT;
     loaded.mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     missing = "";
+    unsetenv("LPSGD_CUDA_CHECK");
     double_reset(devices);
 }
 
-#define GET_KERNELS                                                                                \
-    "cuLibraryGetKernel lpsgd_cuda_float32\n"                                                      \
-    "cuLibraryGetKernel lpsgd_cuda_float64\n"                                                      \
-    "cuLibraryGetKernel lpsgd_cuda_bfloat16\n"                                                     \
-    "cuLibraryGetKernel lpsgd_cuda_float16\n"                                                      \
-    "cuLibraryGetKernel lpsgd_cuda_bfloat16_wide\n"                                                \
-    "cuLibraryGetKernel lpsgd_cuda_float16_wide\n"                                                 \
-    "cuLibraryGetKernel lpsgd_cuda_fold_scalars\n"
+/* After the first call on a device, which loads and checks its kernels. */
+static void start_ready(int devices)
+{
+    start_anew(devices);
+    for (int i = 0; i < devices; i++)
+        assert_int_equal(lpsgd_cuda_prepare(i, NULL, NULL), LPSGD_OK);
+    double_forget();
+}
+
+/* The driver's log without the check's launches. */
+static const char *log_but_checks(void)
+{
+    static char log[1 << 18];
+    const char *line = double_log();
+    char *to = log;
+    while (*line) {
+        const size_t length = (size_t)(strchr(line, '\n') - line) + 1;
+        char text[256] = "";
+        memcpy(text, line, length);
+        if (!strstr(text, "cuLaunchKernel") || !strstr(text, "stream 4 "))
+            to = (char *)memcpy(to, line, length) + length;
+        line += length;
+    }
+    *to = 0;
+    return log;
+}
+
+/* Puts a format and its arguments at the end of a text of TEXT bytes. */
+#define APPEND(text, ...) snprintf(text + strlen(text), TEXT - strlen(text), __VA_ARGS__)
+enum { TEXT = 1 << 13 };
 
 /* How often a text occurs in the driver's log. */
 static int count_calls(const char *text)
@@ -125,6 +148,21 @@ static void test_nothing_of_the_driver_is_called_before_a_step(void **state)
     assert_string_equal(double_log(), "");
 }
 
+/* The calls that load a device's kernels and check them, for a step on a stream. */
+static void append_once_for_a_device(char *text, int device, int stream)
+{
+    APPEND(text, "cuCtxPushCurrent_v2 %d\n", device);
+    for (int i = 0; i < LPSGD_CUDA_KERNELS; i++)
+        APPEND(text, "cuKernelGetFunction %s device %d\ncuFuncLoad %s device %d\n", kernel_names[i], device,
+             kernel_names[i], device);
+    APPEND(text, "cuStreamIsCapturing device %d stream %d\n", device, stream);
+    APPEND(text, "cuLibraryGetGlobal lpsgd_cuda_checked\n");
+    APPEND(text, "cuStreamCreate device %d flags 1\n", device);
+    APPEND(text, "cuMemcpyAsync device %d stream 4\ncuMemcpyAsync device %d stream 4\n", device, device);
+    APPEND(text, "cuStreamSynchronize device %d stream 4\ncuStreamDestroy_v2 device %d\n", device, device);
+    APPEND(text, "cuCtxPopCurrent_v2 %d\ncuThreadExchangeStreamCaptureMode 0\n", device);
+}
+
 static void test_calls_are_these_and_what_is_loaded_stays(void **state)
 {
     (void)state;
@@ -133,35 +171,40 @@ static void test_calls_are_these_and_what_is_loaded_stays(void **state)
     test_list list = copy_to_device(&start, 1), other = copy_to_device(&start, 0);
     const lpsgd_cuda_target target = {.device = 1, .stream = double_stream(1, 2)};
     assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_OK);
-    assert_string_equal(double_log(),
-                        "cuInit 0\n"
-                        "cuDriverGetVersion\n"
-                        "cuDeviceGet 1\n"
-                        "cuDevicePrimaryCtxRetain 1\n"
-                        "cuLibraryLoadData\n" GET_KERNELS
-                        "cuCtxPushCurrent_v2 1\n"
-                        "cuLaunchKernel lpsgd_cuda_float32 device 1 stream 2"
-                        " grid 4 1 1 block 256 1 1 shared 0\n"
-                        "cuCtxPopCurrent_v2 1\n");
+    char expected[TEXT] = "cuInit 0\n"
+                          "cuDriverGetVersion\n"
+                          "cuThreadExchangeStreamCaptureMode 2\n"
+                          "cuDeviceGet 1\n"
+                          "cuDevicePrimaryCtxRetain 1\n"
+                          "cuLibraryLoadData\n";
+    for (int i = 0; i < LPSGD_CUDA_KERNELS; i++)
+        APPEND(expected, "cuLibraryGetKernel %s\n", kernel_names[i]);
+    append_once_for_a_device(expected, 1, 2);
+    static const char step[] = "cuCtxPushCurrent_v2 1\n"
+                               "cuLaunchKernel lpsgd_cuda_float32_few device 1 stream 2"
+                               " grid 4 1 1 block 256 1 1 shared 0\n"
+                               "cuCtxPopCurrent_v2 1\n";
+    APPEND(expected, "%s", step);
+    assert_string_equal(log_but_checks(), expected);
     double_forget();
     assert_int_equal(cuda_step_list(&list, &usual, 0, &target), LPSGD_OK);
-    assert_string_equal(double_log(), "cuCtxPushCurrent_v2 1\n"
-                                      "cuLaunchKernel lpsgd_cuda_float32 device 1 stream 2"
-                                      " grid 4 1 1 block 256 1 1 shared 0\n"
-                                      "cuCtxPopCurrent_v2 1\n");
+    assert_string_equal(double_log(), step);
     double_forget();
     const lpsgd_cuda_target first = {.device = 0,
                                      .lr = device_number(0, LPSGD_FLOAT64, 0),
                                      .scratch = double_allocate(0, sizeof(lpsgd_cuda_scalars))};
     assert_int_equal(cuda_step_list(&other, &usual, 0, &first), LPSGD_OK);
-    assert_string_equal(double_log(), "cuDeviceGet 0\n"
-                                      "cuDevicePrimaryCtxRetain 0\n"
-                                      "cuCtxPushCurrent_v2 0\n"
-                                      "cuLaunchKernel lpsgd_cuda_fold_scalars device 0 stream 0"
-                                      " grid 1 1 1 block 1 1 1 shared 0\n"
-                                      "cuLaunchKernel lpsgd_cuda_float32 device 0 stream 0"
-                                      " grid 4 1 1 block 256 1 1 shared 0\n"
-                                      "cuCtxPopCurrent_v2 0\n");
+    char later[TEXT] = "cuThreadExchangeStreamCaptureMode 2\n"
+                           "cuDeviceGet 0\n"
+                           "cuDevicePrimaryCtxRetain 0\n";
+    append_once_for_a_device(later, 0, 0);
+    APPEND(later, "cuCtxPushCurrent_v2 0\n"
+                   "cuLaunchKernel lpsgd_cuda_fold_scalars device 0 stream 0"
+                   " grid 1 1 1 block 1 1 1 shared 0\n"
+                   "cuLaunchKernel lpsgd_cuda_float32_few device 0 stream 0"
+                   " grid 4 1 1 block 256 1 1 shared 0\n"
+                   "cuCtxPopCurrent_v2 0\n");
+    assert_string_equal(log_but_checks(), later);
     free_device_list(&list);
     free_device_list(&other);
     free_list(&start);
@@ -190,7 +233,7 @@ static void test_arguments_out_of_range_do_not_reach_the_driver(void **state)
 static void test_lists_without_elements_launch_nothing(void **state)
 {
     (void)state;
-    start_anew(1);
+    start_ready(1);
     static const int64_t none[] = {0, 0};
     test_list start = make_list(kinds[0], none, 2, 0, 1);
     test_list list = copy_to_device(&start, 0);
@@ -213,7 +256,7 @@ static void test_every_kind_has_the_cpus_bits(void **state)
         for (int i = 0; i < 2 * hyper_count; i += 5) {
             const lpsgd_hyper hyper = hyper_number(i / 2);
             const lpsgd_cuda_target target = {.device = i % 2, .stream = double_stream(i % 2, i % 3)};
-            start_anew(2);
+            start_ready(2);
             test_list list = copy_to_device(&start, i % 2);
             assert_int_equal(cuda_step_list(&list, &hyper, i % 4 / 2, &target), LPSGD_OK);
             assert_list_is_the_cpus(&list, &start, &hyper, i % 4 / 2);
@@ -223,23 +266,25 @@ static void test_every_kind_has_the_cpus_bits(void **state)
     }
 }
 
-/* Empty buffers take no place in a launch. */
+/* Empty buffers take no place in a launch. The last one may be of a kernel for few buffers. */
 static void test_a_launch_takes_500_buffers(void **state)
 {
     (void)state;
     enum { most = 1503 };
-    static const int64_t counts[] = {1, 499, 500, 501, 1000, 1001, most};
+    static const int64_t counts[] = {1, 69, 70, 71, 499, 500, 501, 570, 571, 1000, 1001, most};
     static int64_t numel[most];
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 12; i++) {
         int64_t full = 0;
-        start_anew(1);
+        start_ready(1);
         for (int64_t j = 0; j < counts[i]; j++)
-            full += (numel[j] = i < 5 ? 3 : j % 3) != 0;
+            full += (numel[j] = i < 10 ? 3 : j % 3) != 0;
+        const int64_t last = full % 500;
         test_list start = make_list(kinds[0], numel, counts[i], 0, 2);
         test_list list = copy_to_device(&start, 0);
         const lpsgd_cuda_target target = {.device = 0};
         assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_OK);
         assert_int_equal(count_calls("cuLaunchKernel"), (full + 499) / 500);
+        assert_int_equal(count_calls("lpsgd_cuda_float32_few"), 0 < last && last <= 70);
         assert_int_equal(count_calls("cuCtxPushCurrent_v2"), 1);
         assert_list_is_the_cpus(&list, &start, &usual, 1);
         free_device_list(&list);
@@ -251,7 +296,7 @@ static void test_a_launch_takes_500_buffers(void **state)
 static void test_grids_stay_within_the_drivers_limit(void **state)
 {
     (void)state;
-    start_anew(1);
+    start_ready(1);
     double_run(0);
     static const struct {
         int64_t numel;
@@ -287,7 +332,7 @@ static void test_numbers_in_device_memory_take_the_place_of_the_hosts(void **sta
     test_list start = some_list(kinds[2]);
     for (int dtype = 0; dtype < 4; dtype++)
         for (int mask = 1; mask < 32; mask++) {
-            start_anew(1);
+            start_ready(1);
             lpsgd_cuda_target target = {.device = 0, .stream = double_stream(0, 1)};
             lpsgd_hyper hyper = usual, given = usual;
             lpsgd_device_number *const places[] = {&target.lr, &target.p, &target.weight_decay,
@@ -332,6 +377,8 @@ static void test_the_callers_context_is_current_again(void **state)
             assert_int_equal(cuDevicePrimaryCtxRetain(&context, device), 0);
             assert_int_equal(cuCtxPushCurrent_v2(context), 0);
         }
+        assert_int_equal(lpsgd_cuda_prepare(1, NULL, NULL), LPSGD_OK);
+        assert_int_equal(double_current(), was);
         if (fails)
             double_fail("cuLaunchKernel", 1, 719);
         test_list list = copy_to_device(&start, 1);
@@ -345,6 +392,119 @@ static void test_the_callers_context_is_current_again(void **state)
     free_list(&start);
 }
 
+static void assert_error(const char *name, const char *words)
+{
+    char expected[256];
+    snprintf(expected, sizeof expected, "%s: %s", name, words);
+    assert_string_equal(lpsgd_cuda_error(), expected);
+}
+
+/* The check. */
+
+static void test_a_kernel_whose_bits_differ_is_refused_for_good(void **state)
+{
+    (void)state;
+    test_list start = some_list(kinds[0]);
+    for (int i = 0; i < LPSGD_CUDA_KERNELS; i++) {
+        char words[256], error[sizeof error_text];
+        start_anew(2);
+        double_wrong(kernel_names[i]);
+        test_list list = copy_to_device(&start, 0), other = copy_to_device(&start, 1);
+        const lpsgd_cuda_target target = {.device = 0}, second = {.device = 1};
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
+        snprintf(error, sizeof error, "%s", lpsgd_cuda_error());
+        snprintf(words, sizeof words, "its kernels differ from the CPU's: after a step of %s (p = ",
+                 i == LPSGD_CUDA_FOLD ? "lpsgd_cuda_float32" : kernel_names[i]);
+        assert_ptr_equal(strstr(error, words), error);
+        if (i == LPSGD_CUDA_FOLD)
+            assert_non_null(strstr(error, ", numbers on the GPU) element "));
+        assert_non_null(strstr(error, i == LPSGD_CUDA_FOLD ? ") element 0 of param is 0x"
+                                                           : ") element 0 of momentum_buffer is 0x"));
+        assert_non_null(strstr(error, ". Please report this: Double 0, driver of CUDA 13.0, lpsgd "
+                                      LPSGD_VERSION " of CUDA 13.0 for sm_90"));
+        assert_true(double_is_left_as_found());
+
+        /* Another device is none of its business, and a kernel that is right again none either. */
+        double_wrong("");
+        double_forget();
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
+        assert_string_equal(lpsgd_cuda_error(), error);
+        assert_string_equal(double_log(), "");
+        assert_true(same_list(&list, &start));
+        assert_int_equal(cuda_step_list(&other, &usual, 1, &second), LPSGD_OK);
+        assert_list_is_the_cpus(&other, &start, &usual, 1);
+        free_device_list(&list);
+        free_device_list(&other);
+    }
+    free_list(&start);
+}
+
+static void test_the_environment_leaves_the_check_out(void **state)
+{
+    (void)state;
+    for (int i = 0; i < 2; i++) {
+        start_anew(1);
+        double_wrong("lpsgd_cuda_float64");
+        assert_int_equal(setenv("LPSGD_CUDA_CHECK", i ? "1" : "0", 1), 0);
+        assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), i ? LPSGD_ERROR_CUDA : LPSGD_OK);
+        assert_int_equal(count_calls("cuFuncLoad"), LPSGD_CUDA_KERNELS);
+        assert_int_equal(count_calls("cuLaunchKernel") != 0, i);
+    }
+}
+
+static void test_a_kernel_that_cannot_be_loaded_is_an_error_before_the_first_launch(void **state)
+{
+    (void)state;
+    static const char *const calls[] = {"cuKernelGetFunction", "cuFuncLoad"};
+    for (int i = 0; i < 2 * LPSGD_CUDA_KERNELS; i++) {
+        start_anew(1);
+        double_fail(calls[i % 2], i / 2 + 1, 209);
+        assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), LPSGD_ERROR_CUDA);
+        assert_error(calls[i % 2], "CUDA_ERROR_NO_BINARY_FOR_GPU (209): no kernel image is available "
+                                   "for execution on the device");
+        assert_int_equal(count_calls("cuLaunchKernel"), 0);
+        assert_true(double_is_left_as_found());
+    }
+}
+
+static void test_a_capture_of_the_stream_puts_the_check_off(void **state)
+{
+    (void)state;
+    test_list start = some_list(kinds[0]);
+    for (int stream = 0; stream < 2; stream++) {
+        start_anew(1);
+        double_capture(0, 1, 1); /* stream 0 waits for stream 1 */
+        double_wrong("lpsgd_cuda_float32");
+        test_list list = copy_to_device(&start, 0);
+        const lpsgd_cuda_target target = {.device = 0, .stream = double_stream(0, stream)};
+        int capturing = 0;
+        assert_int_equal(lpsgd_cuda_prepare(0, target.stream, &capturing), LPSGD_OK);
+        assert_int_equal(capturing, 1);
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_OK);
+        assert_int_equal(count_calls("cuLaunchKernel"), 1);
+        assert_true(double_is_left_as_found());
+        double_capture(0, 1, 0);
+        assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
+        assert_non_null(strstr(lpsgd_cuda_error(), "its kernels differ from the CPU's"));
+        free_device_list(&list);
+    }
+    free_list(&start);
+}
+
+static void test_a_capture_of_another_stream_does_not_hinder_the_first_step(void **state)
+{
+    (void)state;
+    start_anew(2);
+    double_capture(0, 1, 1);
+    for (int device = 0; device < 2; device++) {
+        int capturing = 2;
+        assert_int_equal(lpsgd_cuda_prepare(device, double_stream(device, 2), &capturing), LPSGD_OK);
+        assert_int_equal(capturing, 0);
+        assert_int_equal(count_calls("cuStreamSynchronize"), device + 1);
+        assert_true(double_is_left_as_found());
+    }
+}
+
 /* Errors. */
 
 /* Every call of a first step with a number in device memory: its name and how often it is made. */
@@ -354,12 +514,21 @@ static const struct {
 } first_calls[] = {
     {"cuInit", 1},
     {"cuDriverGetVersion", 1},
+    {"cuThreadExchangeStreamCaptureMode", 2},
     {"cuDeviceGet", 1},
     {"cuDevicePrimaryCtxRetain", 1},
     {"cuLibraryLoadData", 1},
     {"cuLibraryGetKernel", LPSGD_CUDA_KERNELS},
-    {"cuCtxPushCurrent_v2", 1},
-    {"cuLaunchKernel", 2},
+    {"cuCtxPushCurrent_v2", 2},
+    {"cuKernelGetFunction", LPSGD_CUDA_KERNELS},
+    {"cuFuncLoad", LPSGD_CUDA_KERNELS},
+    {"cuStreamIsCapturing", 1},
+    {"cuLibraryGetGlobal", 1},
+    {"cuStreamCreate", 1},
+    {"cuMemcpyAsync", 2},
+    {"cuStreamSynchronize", 1},
+    {"cuStreamDestroy_v2", 1},
+    {"cuLaunchKernel", 4}, /* the check's first two and the step's */
 };
 
 static const struct {
@@ -373,19 +542,18 @@ static const struct {
     {12345, "unknown error (12345): the driver has no text for it"},
 };
 
-static void assert_error(const char *name, const char *words)
-{
-    char expected[256];
-    snprintf(expected, sizeof expected, "%s: %s", name, words);
-    assert_string_equal(lpsgd_cuda_error(), expected);
-}
-
 static void test_an_error_at_any_call_writes_nothing_and_the_next_step_works(void **state)
 {
     (void)state;
     test_list start = some_list(kinds[0]);
+    start_anew(1);
+    assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), LPSGD_OK);
+    const int check_launches = count_calls("cuLaunchKernel");
     for (size_t call = 0; call < sizeof first_calls / sizeof *first_calls; call++)
         for (int i = 0; i < 5 * first_calls[call].count; i++) {
+            int nth = i / 5 + 1;
+            if (nth > 2 && strcmp(first_calls[call].name, "cuLaunchKernel") == 0)
+                nth += check_launches - 2;
             start_anew(1);
             test_list list = copy_to_device(&start, 0);
             const lpsgd_cuda_target target = {
@@ -393,7 +561,7 @@ static void test_an_error_at_any_call_writes_nothing_and_the_next_step_works(voi
                 .lr = device_number(0, LPSGD_FLOAT64, 0x3f847ae147ae147b), /* 0.01 */
                 .scratch = double_allocate(0, (size_t)lpsgd_cuda_scratch_size()),
             };
-            double_fail(first_calls[call].name, i / 5 + 1, some_errors[i % 5].error);
+            double_fail(first_calls[call].name, nth, some_errors[i % 5].error);
             assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_ERROR_CUDA);
             assert_error(first_calls[call].name, some_errors[i % 5].words);
             assert_true(same_list(&list, &start));
@@ -402,6 +570,7 @@ static void test_an_error_at_any_call_writes_nothing_and_the_next_step_works(voi
             assert_int_equal(cuda_step_list(&list, &usual, 1, &target), LPSGD_OK);
             assert_list_is_the_cpus(&list, &start, &usual, 1);
             assert_int_equal(double_current(), -1);
+            assert_true(double_is_left_as_found() || strstr(first_calls[call].name, "Exchange"));
             assert_int_equal(count_calls("cuDevicePrimaryCtxRetain 0\n"), 1);
             assert_int_equal(count_calls("cuLibraryLoadData\n"), 1);
             assert_int_equal(count_calls("cuLibraryGetKernel lpsgd_cuda_float32\n"), 1);
@@ -413,7 +582,7 @@ static void test_an_error_at_any_call_writes_nothing_and_the_next_step_works(voi
 static void test_an_error_after_the_launches_is_told_too(void **state)
 {
     (void)state;
-    start_anew(1);
+    start_ready(1);
     test_list start = some_list(kinds[0]);
     test_list list = copy_to_device(&start, 0);
     const lpsgd_cuda_target target = {.device = 0};
@@ -432,7 +601,7 @@ static void test_a_refused_launch_ends_the_step_after_the_earlier_ones(void **st
     static int64_t numel[count];
     for (int i = 0; i < count; i++)
         numel[i] = 2;
-    start_anew(1);
+    start_ready(1);
     test_list start = make_list(kinds[0], numel, count, 0, 3);
     test_list list = copy_to_device(&start, 0), expected = copy_list(&start);
     const lpsgd_cuda_target target = {.device = 0};
@@ -454,12 +623,12 @@ static void test_a_driver_that_is_too_old_is_refused_by_its_version(void **state
     (void)state;
     start_anew(1);
     double_version(12090);
-    assert_int_equal(lpsgd_cuda_prepare(0), LPSGD_ERROR_CUDA);
+    assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), LPSGD_ERROR_CUDA);
     assert_string_equal(lpsgd_cuda_error(), "the NVIDIA driver is too old: it is of CUDA 12.9, and "
                                             "lpsgd needs 13.0");
     assert_int_equal(count_calls("cuDevice"), 0);
     double_version(13000);
-    assert_int_equal(lpsgd_cuda_prepare(0), LPSGD_OK);
+    assert_int_equal(lpsgd_cuda_prepare(0, NULL, NULL), LPSGD_OK);
 }
 
 static void test_a_driver_without_a_function_is_refused_by_its_name(void **state)
@@ -491,17 +660,17 @@ static void test_devices_that_do_not_exist_are_refused(void **state)
 {
     (void)state;
     start_anew(2);
-    assert_int_equal(lpsgd_cuda_prepare(2), LPSGD_ERROR_CUDA);
+    assert_int_equal(lpsgd_cuda_prepare(2, NULL, NULL), LPSGD_ERROR_CUDA);
     assert_error("cuDeviceGet", "CUDA_ERROR_INVALID_DEVICE (101): invalid device ordinal");
     static const int devices[] = {-1, DEVICES, INT_MAX, INT_MIN};
     for (int i = 0; i < 4; i++) {
         char expected[64];
         snprintf(expected, sizeof expected, "there is no CUDA device %d", devices[i]);
-        assert_int_equal(lpsgd_cuda_prepare(devices[i]), LPSGD_ERROR_CUDA);
+        assert_int_equal(lpsgd_cuda_prepare(devices[i], NULL, NULL), LPSGD_ERROR_CUDA);
         assert_string_equal(lpsgd_cuda_error(), expected);
     }
     start_anew(DEVICES);
-    assert_int_equal(lpsgd_cuda_prepare(DEVICES - 1), LPSGD_OK);
+    assert_int_equal(lpsgd_cuda_prepare(DEVICES - 1, NULL, NULL), LPSGD_OK);
 }
 
 /* Threads and processes. */
@@ -625,7 +794,7 @@ static void test_the_double_refuses_what_the_driver_refuses(void **state)
     void *arguments[] = {&a};
     const CUfunction function = (CUfunction)kernel;
     const CUstream stream = double_stream(1, 1);
-    a.count = a.tiles = 1;
+    a.common.count = a.common.tiles = 1;
     a.tensor[0] = (lpsgd_cuda_tensor){.param = memory, .grad = memory + 8, .numel = 1};
 #define LAUNCH(function, x, threads, stream, arguments, extra)                                     \
     cuLaunchKernel(function, x, 1, 1, threads, 1, 1, 0, stream, arguments, extra)
@@ -640,8 +809,7 @@ static void test_the_double_refuses_what_the_driver_refuses(void **state)
     assert_int_equal(LAUNCH(function, 1, 257, stream, arguments, NULL), 1);
     assert_int_equal(LAUNCH(function, 1, 256, stream, NULL, NULL), 1);
     assert_int_equal(LAUNCH(function, 1, 256, stream, arguments, arguments), 1);
-    a.tensor[0].aligned = 1;
-    a.tensor[0].grad = memory + 1;
+    a.tensor[0].grad = (char *)memory + 2;
     assert_int_equal(LAUNCH(function, 1, 256, stream, arguments, NULL), 716);
     a.tensor[0].grad = double_allocate(0, 64);
     assert_int_equal(LAUNCH(function, 1, 256, stream, arguments, NULL), 700);
@@ -663,6 +831,11 @@ int main(void)
         cmocka_unit_test(test_grids_stay_within_the_drivers_limit),
         cmocka_unit_test(test_numbers_in_device_memory_take_the_place_of_the_hosts),
         cmocka_unit_test(test_the_callers_context_is_current_again),
+        cmocka_unit_test(test_a_kernel_whose_bits_differ_is_refused_for_good),
+        cmocka_unit_test(test_the_environment_leaves_the_check_out),
+        cmocka_unit_test(test_a_kernel_that_cannot_be_loaded_is_an_error_before_the_first_launch),
+        cmocka_unit_test(test_a_capture_of_the_stream_puts_the_check_off),
+        cmocka_unit_test(test_a_capture_of_another_stream_does_not_hinder_the_first_step),
         cmocka_unit_test(test_an_error_at_any_call_writes_nothing_and_the_next_step_works),
         cmocka_unit_test(test_an_error_after_the_launches_is_told_too),
         cmocka_unit_test(test_a_refused_launch_ends_the_step_after_the_earlier_ones),

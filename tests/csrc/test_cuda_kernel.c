@@ -183,11 +183,11 @@ static void step_with_device_numbers(test_list *list, const lpsgd_hyper *hyper, 
             *places[i] = (lpsgd_device_number){&memory[i], dtype};
             *values[i] = 4.5; /* not to be read */
         }
-    assert_int_equal(lpsgd_fold(hyper, 1, &a.scalars.k), LPSGD_OK);
+    assert_int_equal(lpsgd_fold(hyper, 1, &a.common.scalars), LPSGD_OK);
     fold.result = malloc((size_t)lpsgd_cuda_scratch_size());
     assert_non_null(fold.result);
     lpsgd_cuda_fold(&fold);
-    a.device_scalars = fold.result;
+    a.common.device_scalars = fold.result;
     run_grids(&a, list, 1, INT_MAX);
     free(fold.result);
 }
@@ -280,9 +280,9 @@ static void test_tensors_may_have_more_than_2_to_the_31_elements(void **state)
     lpsgd_buffer whole = {array[0], array[1], array[2], numel, 5, (uint64_t)two31 - 100};
     test_list list = {.kind = kinds[LPSGD_BFLOAT16], .count = 1, .buffers = &whole};
     int64_t done = 0;
-    assert_int_equal(lpsgd_fold(&hyper, 1, &a.scalars.k), LPSGD_OK);
+    assert_int_equal(lpsgd_fold(&hyper, 1, &a.common.scalars), LPSGD_OK);
     lpsgd_cuda_fill(&a, list.buffers, list.count, 2, 1, &done);
-    assert_int_equal(a.tiles, two31 / tile + 2);
+    assert_int_equal(a.common.tiles, two31 / tile + 2);
     for (int s = 1; s < 4; s++) {
         const int64_t left = numel - starts[s], n = left < tile ? left : tile;
         for (int i = 0; i < 3; i++)
@@ -290,7 +290,7 @@ static void test_tensors_may_have_more_than_2_to_the_31_elements(void **state)
         const lpsgd_buffer piece = {expected[0], expected[1],  expected[2],
                                     n,           whole.stream, whole.index + (uint64_t)starts[s]};
         assert_int_equal(lpsgdm_step(&piece, 1, LPSGD_BFLOAT16, &hyper, 1), LPSGD_OK);
-        run_block(&a, grid_thread_of(list.kind), starts[s] / tile, a.tiles);
+        run_block(&a, grid_thread_of(list.kind), starts[s] / tile, a.common.tiles);
         for (int i = 0; i < 3; i++)
             assert_memory_equal(array[i] + starts[s], expected[i], (size_t)n * 2);
     }

@@ -4,14 +4,17 @@
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
+import lpsgd_ext
 from benchmarks.speed import roofline
 from benchmarks.speed.roofline import KERNELS
 from helpers import ROOT, tool
 
-ALL = {*KERNELS, "lpsgd_cuda_fold_scalars"}
+FEW = {kernel: f"{kernel}_few" for kernel in KERNELS}  # the same for few tensors
+ALL = {*KERNELS, *FEW.values(), "lpsgd_cuda_fold_scalars"}
 
 
 def flags_of_the_build():
@@ -19,10 +22,16 @@ def flags_of_the_build():
     targets = names["cuda_targets"](names["CUDA_ARCHITECTURES"])
     numbers = [int(target.removeprefix("sm_")) for target in targets if target.startswith("sm_")]
     ptx = [f"compute_{number}" for number in numbers]
-    return numbers, names["cuda_flags"](targets), names["cuda_flags"](ptx)
+    return targets, numbers, names["cuda_flags"](targets), names["cuda_flags"](ptx)
 
 
-ARCHITECTURES, FLAGS, PTX_FLAGS = flags_of_the_build()
+def targets_of_the_module():
+    """What nvcc compiled its kernels for: nothing, if it has none or those of the stand-in."""
+    stand_in = b"lpsgd_cuda.cu: the CUDA kernels." in Path(lpsgd_ext.__file__).read_bytes()
+    return [] if stand_in else lpsgd_ext.build_info()["cuda_architectures"].split()
+
+
+TARGETS, ARCHITECTURES, FLAGS, PTX_FLAGS = flags_of_the_build()
 ENDS = (ARCHITECTURES[0], ARCHITECTURES[-1])
 
 # What is compiled once more for each.
@@ -55,14 +64,15 @@ def disassemble():
 
 @pytest.fixture(scope="module")
 def image(compile_kernels):
-    return compile_kernels(FLAGS)
+    """The installed module, where it has what the build makes now: compiling takes a minute."""
+    return lpsgd_ext.__file__ if targets_of_the_module() == TARGETS else compile_kernels(FLAGS)
 
 
-def opcodes_of_machine_code(text):
+def opcodes(instructions):
     """The opcodes of each kernel in their order, by architecture."""
     return {
         n: {name: [one.opcode for one in code] for name, code in functions.items()}
-        for n, functions in roofline.machine_code(text).items()
+        for n, functions in instructions.items()
     }
 
 
@@ -82,8 +92,13 @@ def opcodes_of_ptx(text):
 
 
 @pytest.fixture(scope="module")
-def machine_code(image, disassemble):
-    return opcodes_of_machine_code(disassemble(image, "-sass"))
+def instructions(image, disassemble):
+    return roofline.machine_code(disassemble(image, "-sass"))
+
+
+@pytest.fixture(scope="module")
+def machine_code(instructions):
+    return opcodes(instructions)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +139,18 @@ def resources(image, disassemble):
     """Each part of the fat binary: kind (ptx or elf), architecture, text."""
     parts = re.split(r"(?m)^Fatbin (?=ptx|elf)", disassemble(image, "--dump-resource-usage"))[1:]
     return [(part[:3], int(re.search(r"arch = sm_(\d+)", part)[1]), part) for part in parts]
+
+
+def test_tools_find_the_kernels_in_the_module(disassemble):
+    targets = targets_of_the_module()
+    if not targets:
+        pytest.skip("the module has no kernels by nvcc")
+    elf, ptx = (
+        re.findall(r"\.(sm_\w+)\.", disassemble(lpsgd_ext.__file__, f"--list-{kind}"))
+        for kind in ("elf", "ptx")
+    )
+    assert elf == [target for target in targets if target.startswith("sm_")]
+    assert ptx == [target.replace("compute", "sm") for target in targets if target not in elf]
 
 
 def test_image_holds_every_architecture_and_is_compressed(resources, machine_code, ptx):
@@ -176,12 +203,48 @@ def test_vectors_are_loaded_whole_before_they_are_stored_whole(machine_code, ptx
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_scalars_are_read_before_the_first_element(machine_code, kernel):
-    """They may lie in device memory or in the arguments, so that their loads are generic ones."""
+def test_the_kernel_for_few_tensors_is_the_same_code(machine_code, kernel):
+    """What is true of the one is true of the other, and so are the roofline's counts."""
     for n, code in machine_code.items():
-        opcodes = [op.split(".")[0] for op in code[kernel]]
-        assert "LD" in opcodes, n
-        assert "LD" not in opcodes[opcodes.index("LDG") :], n
+        assert code[kernel] == code[FEW[kernel]], n
+
+
+def test_arguments_for_few_tensors_take_no_more_than_4_kib(resources):
+    """In a kernel's constant memory, which has up to 1 KiB of the driver's before them."""
+    for kind, n, part in resources:
+        taken = dict(re.findall(r"Function (\w+):\s+REG.* CONSTANT\[0\]:(\d+)", part))
+        for kernel in KERNELS if kind == "elf" else ():
+            assert int(taken[FEW[kernel]]) <= 5120 < int(taken[kernel]), n
+
+
+def test_what_is_not_of_one_tensor_lies_at_the_beginning_of_constant_memory(instructions):
+    """Its addresses are known, and within the 32 KiB that every instruction reaches."""
+    for functions in instructions.values():
+        for kernel in ALL:
+            operands = " ".join(one.operands for one in functions[kernel])
+            addresses = re.findall(r"c\[0x0\]\[0x(\w+)\]", operands)
+            assert addresses
+            assert max(int(address, 16) for address in addresses) < 0x8000
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scalars_are_arguments_or_loaded_at_once(instructions, kernel):
+    """No generic load has to find out which, and those of device memory are issued together with
+    that of what found_inf came to, the last of lpsgd_cuda_scalars: a launch waits for them once."""
+    control = {"BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "BRX"}
+    for n, functions in instructions.items():
+        code = functions[kernel]
+        assert "LD" not in {one.name for one in code}, n
+        blocks = [[]]
+        for one in code:
+            blocks[-1].append(one)
+            if one.name in control:
+                blocks.append([])
+        loads = [[one for one in block if one.name == "LDG"] for block in blocks]
+        first = next(filter(None, loads))
+        assert any(re.search(r"\+0x90\]", one.operands) for one in first), n
+        assert len(first) >= 9, n
+        assert all(roofline.bytes_of(one, "LDG") <= 8 for one in first), n
 
 
 def fused_to_nearest(code):
@@ -231,4 +294,4 @@ def test_the_assembler_contracts_nothing(
     source.write_text(text.split("\nFatbin")[0])
     flags = ["-fatbin", f"-gencode=arch=compute_{n},code=sm_{n}"]
     allowed = disassemble(compile_kernels(flags, source=source), "-sass")
-    assert opcodes_of_machine_code(allowed) == {n: machine_code[n]}
+    assert opcodes(roofline.machine_code(allowed)) == {n: machine_code[n]}

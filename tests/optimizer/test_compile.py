@@ -149,22 +149,74 @@ def test_two_optimizers_can_be_compiled(cls):
         assert same(model, other)
 
 
+@pytest.mark.parametrize(
+    "cls, capturable", [*((cls, False) for cls in CLASSES), (lpsgd.LPSGDM, True)]
+)
+def test_inductor_keeps_a_step_out_of_its_cuda_graphs_unless_it_is_capturable(
+    cls, capturable, monkeypatch
+):
+    """Inductor asks this function where it does not cut a graph in parts, which goes by the same
+    tags."""
+    from torch._inductor import compile_fx  # not before it is needed
+
+    name = "get_first_incompatible_cudagraph_node"
+    found = []
+
+    def ask(graph):
+        found.append(original(graph))
+        return found[-1]
+
+    original = getattr(compile_fx, name)
+    monkeypatch.setattr(compile_fx, name, ask)
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = cls([param], lr=0.1, capturable=capturable, fused=True)
+    if capturable:
+        optimizer.step()  # makes the state
+    options = {"triton.cudagraphs": True, "graph_partition": False, "fx_graph_cache": False}
+    torch.compile(optimizer.step, fullgraph=True, options=options)()
+    first = "new_buffer" if cls is lpsgd.LPSGDM else "step_"
+    targets = [node and str(node.target) for node in found]
+    assert targets == [None if capturable else f"lpsgd.{first}.default"]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_inductor_steps_the_parameters_themselves(cls):
+    """Not copies, whose way back to parameters off an aligned address it loses with CUDA graphs."""
+    param = torch.nn.Parameter(torch.ones(40)[1:21])
+    param.grad = torch.ones(20)
+    optimizer = cls([param], lr=0.1, p=2.0, **({"momentum": 0.0} if cls is lpsgd.LPSGDM else {}))
+    step = torch.compile(optimizer.step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        step()
+    torch.testing.assert_close(param.detach(), torch.full((20,), 0.7))
+
+
+def test_the_tag_is_on_every_operation_but_that_of_a_capturable_step():
+    tagged = {
+        name: torch.Tag.cudagraph_unsafe in getattr(torch.ops.lpsgd, name).default.tags
+        for name in ("step_", "new_buffer", "capturable_step_")
+    }
+    assert tagged == {"step_": True, "new_buffer": True, "capturable_step_": False}
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_opcheck_finds_nothing(cls):
     param, grad = torch.randn(5), torch.randn(5)
     optimizer = cls([param])
     buffers = [torch.zeros(5)] if cls is lpsgd.LPSGDM else []
-    arguments = ([param], [grad], buffers, [0], optimizer._number, 0)
+    arguments = ([param], [grad], buffers, [0], optimizer._number, 0, True)
     results = torch.library.opcheck(torch.ops.lpsgd.step_.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_compiled_step_raises_the_eager_error(cls):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_raises_the_eager_error(cls, backend):
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = cls([param])
     param.grad = torch.ones(3)
-    step = torch.compile(optimizer.step, backend="eager", fullgraph=True)
+    step = torch.compile(optimizer.step, backend=backend, fullgraph=True)
     step()
     before = param.detach().clone()
     optimizer.param_groups[0]["p"] = 1.0

@@ -10,7 +10,9 @@ collect_ignore = ["cuda_double.py"]  # as a module with doctests it would be imp
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """lpsgd_ext as in a new process with three devices, also for the classes."""
+    """lpsgd_ext as in a new process with three devices, also for the classes. Without the check of
+    the kernels, whose launches would be among those that tests count."""
+    monkeypatch.setenv("LPSGD_CUDA_CHECK", "0")
     cuda_double.reset(devices=3)
     module = cuda_double.fresh_module(tmp_path)
     for part in (_base, _eager, _optimizer, _unusual):

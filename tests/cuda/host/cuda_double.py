@@ -26,6 +26,8 @@ for _name, _result, *_arguments in (
     ("double_host", ctypes.c_void_p, ctypes.c_void_p),
     ("double_open", None, ctypes.c_int),
     ("double_current", ctypes.c_int),
+    ("double_capture", None, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+    ("double_wrong", None, ctypes.c_char_p),
     ("exchange_double", ctypes.c_void_p, ctypes.c_void_p),
     ("exchange_set_stream", None, ctypes.c_int, ctypes.c_int),
     ("exchange_fail", None, ctypes.c_int),
@@ -75,6 +77,16 @@ def count(call):
 
 def forget():
     driver.double_forget()
+
+
+def capture(capturing, device=0, stream=1):
+    """Begins or ends the capture of a stream."""
+    driver.double_capture(device, stream, capturing)
+
+
+def sabotage(kernel):
+    """Makes the kernel of this name leave a wrong bit."""
+    driver.double_wrong(kernel.encode())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """LPSGD and LPSGDM on tensors that say they are on CUDA devices: routing, fallback and errors."""
 
+import re
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn import Parameter
 import cuda_double
 from cuda_double import cuda, host, opened
 from helpers import CLASSES, same_bits
+from lpsgd import LPSGDM
 
 classes = pytest.mark.parametrize("cls", CLASSES)
 WORDS = r"cuInit: CUDA_ERROR_NO_DEVICE \(100\): no CUDA-capable device is detected"
@@ -93,7 +95,8 @@ def test_lr_of_one_gpu_serves_every_device(cls):
     optimizer.step()
     other.step()
     assert_same_training(optimizer, other)
-    folds = [line.split()[3] for line in cuda_double.log() if "fold_scalars device" in line]
+    launches = (line for line in cuda_double.log() if "cuLaunchKernel" in line)
+    folds = [line.split()[3] for line in launches if "fold_scalars device" in line]
     assert sorted(folds) == ["0", "2"]
 
 
@@ -169,6 +172,109 @@ def test_without_a_driver_pytorchs_operations_step_and_that_is_said_once(cls):
     assert cuda_double.count("cuLaunchKernel lpsgd_cuda_float32") == 1
 
 
+# The check of the kernels.
+
+
+def plant_wrong_bits():
+    cuda_double.sabotage("lpsgd_cuda_float32_few")
+    return "its kernels differ from the CPU's: after a step of lpsgd_cuda_float32_few"
+
+
+def plant_missing_machine_code():
+    cuda_double.fail("cuFuncLoad", nth=0, error=209)
+    return "cuFuncLoad: CUDA_ERROR_NO_BINARY_FOR_GPU (209)"
+
+
+@classes
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("plant", [plant_wrong_bits, plant_missing_machine_code])
+def test_kernels_that_fail_their_check_step_nothing(cls, fused, plant, monkeypatch):
+    monkeypatch.delenv("LPSGD_CUDA_CHECK")
+    there, _ = models()
+    eager, before = models()
+    optimizer, other = cls(there, lr=0.1, fused=fused), cls(eager, lr=0.1, foreach=True)
+    words = plant()
+    if fused:
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            optimizer.step()
+        assert same_bits(seen(there), seen(before))
+        assert not optimizer.state
+        return
+    with opened(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step()
+            other.step()
+    assert_same_training(optimizer, other)
+    (warning,) = caught
+    assert str(warning.message).startswith(f"PyTorch's operations step on cuda:0: {words}")
+
+
+# Captures.
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """What PyTorch says of its current stream, which is stream 1 of device 0."""
+
+    class Stream:
+        def is_capturing(self):
+            return capturing()
+
+    def capturing():
+        return bool(state)
+
+    state = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    cuda_double.driver.exchange_set_stream(0, 1)
+
+    def capture(now):
+        cuda_double.capture(now)
+        state[:] = [True] if now else []
+
+    return capture
+
+
+@classes
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_capture_of_a_step_that_is_not_capturable_is_an_error(cls, fused, capturing):
+    there, here = models()
+    optimizer, other = cls(there, lr=0.1, fused=fused), cls(here, lr=0.1)
+    optimizer.step()
+    other.step()
+    capturing(True)
+    words = f"^Attempting CUDA graph capture .* {cls.__name__} but .* capturable is False"
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.step()
+    assert cuda_double.count("cuLaunchKernel") == 1
+    capturing(False)
+    optimizer.step()
+    other.step()
+    assert_same_training(optimizer, other)
+
+
+@classes
+def test_a_capturable_step_is_captured_once_its_state_is_made(cls, capturing, monkeypatch):
+    monkeypatch.setattr("lpsgd._unusual._check_capturable", lambda params: None)
+    there, _ = models()
+    optimizer = cls(there, lr=cuda(torch.tensor(0.5)), capturable=True)
+    capturing(True)
+    if cls is LPSGDM:
+        with pytest.raises(RuntimeError, match="every replay would set them to zero: make a step"):
+            optimizer.step()
+        assert not optimizer.state
+        capturing(False)
+        optimizer.step()
+        capturing(True)
+        cuda_double.forget()
+    optimizer.step()
+    kernels = [line.split()[1] for line in cuda_double.log() if "cuLaunchKernel" in line]
+    assert kernels == ["lpsgd_cuda_fold_scalars", "lpsgd_cuda_float32_few"]
+
+
 @classes
 def test_fused_without_a_driver_raises_and_changes_nothing_until_there_is_one(cls):
     there, here = models()
@@ -206,12 +312,16 @@ def test_a_refused_launch_is_raised_and_not_made_up_for(module, cls, fused):
 def test_an_error_while_one_of_several_groups_steps_ends_the_step(module, cls, call):
     there, here = models(devices=(0, 1))
     optimizer = cls([{"params": there[0::2]}, {"params": there[1::2]}], lr=0.1)
-    cuda_double.fail(call, nth=2)
+    before = 2 if "Ctx" in call else 0  # whether the streams are being captured
+    for device in (0, 1):
+        assert module.cuda_refusal(device) is None
+    cuda_double.forget()
+    cuda_double.fail(call, nth=before + 2)
     with pytest.raises(module.CudaError, match=call):
         optimizer.step()
     cls([*here[0::2], *(here[1::2] if "Pop" in call else [])], lr=0.1).step()
     assert same_bits(seen(there), seen(here))
-    assert cuda_double.count(call) == 2
+    assert cuda_double.count(call) == before + 2
 
 
 @classes

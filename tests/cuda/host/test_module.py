@@ -3,6 +3,7 @@
 
 import math
 import os
+import re
 import threading
 
 import pytest
@@ -16,10 +17,10 @@ from helpers import DTYPES, bits
 HYPER = {"lr": 0.0078125, "p": 5.0, "weight_decay": 0.125}
 NUMBERS = {**HYPER, "grad_scale": 1024.0}
 LOADING = [
-    *("cuInit", "cuDriverGetVersion", "cuDeviceGet", "cuDevicePrimaryCtxRetain"),
-    *("cuLibraryLoadData", "cuLibraryGetKernel"),
+    *("cuInit", "cuDriverGetVersion", "cuThreadExchangeStreamCaptureMode", "cuDeviceGet"),
+    *("cuDevicePrimaryCtxRetain", "cuLibraryLoadData", "cuLibraryGetKernel", "cuCtxPushCurrent_v2"),
+    *("cuKernelGetFunction", "cuFuncLoad", "cuStreamIsCapturing", "cuCtxPopCurrent_v2"),
 ]
-STEPPING = ["cuCtxPushCurrent_v2", "cuLaunchKernel"]
 
 
 def some_lists(sizes=(5000, 1, 37), dtype=torch.float32, seed=0):
@@ -106,13 +107,13 @@ def test_every_group_runs_on_its_devices_current_stream(module):
     blocks = "grid {} 1 1 block 256 1 1 shared 0"
     assert cuda_double.log() == [
         "cuCtxPushCurrent_v2 2",
-        "cuLaunchKernel lpsgd_cuda_float32 device 2 stream 3 " + blocks.format(2),
+        "cuLaunchKernel lpsgd_cuda_float32_few device 2 stream 3 " + blocks.format(2),
         "cuCtxPopCurrent_v2 2",
         "cuCtxPushCurrent_v2 0",
-        "cuLaunchKernel lpsgd_cuda_float32 device 0 stream 1 " + blocks.format(1),
+        "cuLaunchKernel lpsgd_cuda_float32_few device 0 stream 1 " + blocks.format(1),
         "cuCtxPopCurrent_v2 0",
         "cuCtxPushCurrent_v2 1",
-        "cuLaunchKernel lpsgd_cuda_float32 device 1 stream 0 " + blocks.format(1),
+        "cuLaunchKernel lpsgd_cuda_float32_few device 1 stream 0 " + blocks.format(1),
         "cuCtxPopCurrent_v2 1",
     ]
 
@@ -151,8 +152,11 @@ def test_a_dry_run_and_found_inf_change_nothing(module):
 
 
 @pytest.mark.parametrize("error", [2, 719, 12345])
-@pytest.mark.parametrize("call", [*LOADING, *STEPPING])
-def test_an_error_has_the_drivers_words_and_nothing_is_written(module, call, error):
+@pytest.mark.parametrize(
+    "call, nth",
+    [*((call, 1) for call in LOADING), ("cuCtxPushCurrent_v2", 2), ("cuLaunchKernel", 1)],
+)
+def test_an_error_has_the_drivers_words_and_nothing_is_written(module, call, nth, error):
     words = {
         2: r"CUDA_ERROR_OUT_OF_MEMORY \(2\): out of memory",
         719: r"CUDA_ERROR_LAUNCH_FAILED \(719\): unspecified launch failure",
@@ -161,12 +165,13 @@ def test_an_error_has_the_drivers_words_and_nothing_is_written(module, call, err
     start = some_lists()
     lists = to_devices(start, (1, None))
     before = versions(lists)
-    cuda_double.fail(call, error=error)
+    loading = nth == 1 and call in LOADING
+    cuda_double.fail(call, nth, error)
     with pytest.raises(RuntimeError, match=rf"^lpsgdm_\(\): {call}: {words}$") as raised:
         step(module, lists)
     # A launch is made, or refused, after autograd has been told of it.
-    assert raised.type is (module.CudaError if call in STEPPING else RuntimeError)
-    assert (versions(lists) == before) == (call in LOADING)
+    assert raised.type is (RuntimeError if loading else module.CudaError)
+    assert (versions(lists) == before) == loading
     assert_same(lists, start)
     step(module, lists)
     assert_same(lists, stepped(start))
@@ -252,6 +257,35 @@ def test_tensors_of_another_device_are_refused_before_the_driver_is_asked(
     with pytest.raises(ValueError, match=rf"{name}\[2\] differs from the parameter in device"):
         step(module, lists)
     assert cuda_double.log() == []
+
+
+# The check of the kernels.
+
+
+@pytest.mark.parametrize("wish", [None, "0", "1"])
+def test_kernels_are_checked_before_the_first_step_unless_the_environment_says_no(
+    module, wish, monkeypatch
+):
+    if wish is None:
+        monkeypatch.delenv("LPSGD_CUDA_CHECK")
+    else:
+        monkeypatch.setenv("LPSGD_CUDA_CHECK", wish)
+    start = some_lists()
+    lists = to_devices(start)
+    before = versions(lists)
+    cuda_double.sabotage("lpsgd_cuda_float16_wide")
+    if wish == "0":
+        step(module, lists)
+        assert_same(lists, stepped(start))
+        return
+    words = r"its kernels differ from the CPU's: after a step of lpsgd_cuda_float16_wide \(p = 2"
+    report = r".* Please report this: Double 0, driver of CUDA 13\.0, lpsgd "
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"^lpsgdm_\(\): {words}{report}"):
+            step(module, lists)
+    assert re.match(words, module.cuda_refusal(0))
+    assert_same(lists, start)
+    assert versions(lists) == before
 
 
 # Numbers in device memory.
@@ -379,7 +413,8 @@ def test_many_threads_step_at_once_on_their_own_streams(module):
         for _ in range(20):
             expected = stepped(expected)
         assert_same(lists[i], expected)
-        assert cuda_double.count(f"cuLaunchKernel lpsgd_cuda_float32 device {i % 3} stream {i % 4}")
+        kernel = f"lpsgd_cuda_float32_few device {i % 3} stream {i % 4}"
+        assert cuda_double.count(f"cuLaunchKernel {kernel}")
     assert cuda_double.count("cuInit") == cuda_double.count("cuLibraryLoadData") == 1
     assert cuda_double.count("cuDevicePrimaryCtxRetain") == 3
 
