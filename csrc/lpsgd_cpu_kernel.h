@@ -46,7 +46,7 @@ typedef struct place {
 
 LPSGD_VECTOR vscalars vscalars_of(const lpsgd_scalars *k)
 {
-    const lpsgd_power_tables *power = &k->power;
+    const lpsgd_tables *tables = &k->tables;
     vscalars s = {
         .momentum = splat(k->momentum),
         .one_minus_momentum = splat(k->one_minus_momentum),
@@ -54,13 +54,13 @@ LPSGD_VECTOR vscalars vscalars_of(const lpsgd_scalars *k)
         .decay = splat(k->decay),
         .step_size = splat(k->step_size),
         .eps = splat(k->eps),
-        .fine = table8_of(power->fine),
-        .reciprocal = table8_of(power->reciprocal),
-        .root = table8_of(power->root),
-        .coarse = table32_of(power->coarse, k->eps),
+        .fine = table8_of(tables->fine),
+        .reciprocal = table8_of(tables->reciprocal),
+        .root = table8_of(tables->root),
+        .coarse = table32_of(tables->coarse, k->eps),
     };
     for (int i = 0; i < 5; i++)
-        s.series[i] = splat(power->series[i]);
+        s.series[i] = splat(k->series[i]);
     return s;
 }
 
@@ -109,7 +109,7 @@ LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lp
         any |= extraordinary[i];
     for (int i = 0; any && i < lanes; i++)
         if (extraordinary[i])
-            u[i] = lpsgd_direction(x[i], LPSGD_RULE_POWER, k);
+            u[i] = lpsgd_direction(x[i], LPSGD_RULE_POWER, &k->tables, k);
     return u;
 }
 

@@ -17,7 +17,10 @@ static __device__ lpsgd_cuda_place this_thread(void)
     extern "C" __global__ void __launch_bounds__(LPSGD_CUDA_THREADS)                               \
         name(const __grid_constant__ arguments a)                                                  \
     {                                                                                              \
-        work(&a.common, a.tensor, this_thread());                                                  \
+        __shared__ lpsgd_tables tables;                                                            \
+        lpsgd_cuda_share(&tables, lpsgd_cuda_tables(&a.common), (int)threadIdx.x);                 \
+        __syncthreads();                                                                           \
+        work(&a.common, a.tensor, &tables, this_thread());                                         \
     }
 
 #define LPSGD_CUDA_GLOBALS(name, few)                                                              \

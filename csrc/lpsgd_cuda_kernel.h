@@ -3,7 +3,7 @@
  * lpsgd_cuda_kernel.h: what the CUDA kernels and their host side share, and one thread's work.
  *
  * The same source is compiled by nvcc for the GPU and, in tests, as C for an emulated grid: threads
- * share nothing, so that a grid is a loop.
+ * share nothing but a copy of the power's tables, so that a grid is a loop.
  *
  * A launch steps up to LPSGD_CUDA_TENSORS tensors. Each is cut into tiles of equal size, a block
  * takes one tile after the other, and a thread 16 bytes of param at a time (a vector), wherever
@@ -30,7 +30,7 @@ enum {
     LPSGD_CUDA_THREADS = 256,
     LPSGD_CUDA_ROUNDS = 4,                       /* vectors of a thread in a tile */
     LPSGD_CUDA_TENSORS = 500,                    /* of the 32764 bytes of a kernel's arguments */
-    LPSGD_CUDA_FEW = 70,                         /* of 4096 bytes */
+    LPSGD_CUDA_FEW = 64,                         /* of 4096 bytes */
     LPSGD_CUDA_TILE_BYTES = LPSGD_CUDA_THREADS * LPSGD_CUDA_ROUNDS * 16
 };
 
@@ -163,6 +163,19 @@ LPSGD_INLINE int lpsgd_cuda_aligned(const lpsgd_cuda_tensor *t)
     return ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
 }
 
+/* What the tables of a launch are copied from. */
+LPSGD_INLINE const lpsgd_tables *lpsgd_cuda_tables(const lpsgd_cuda_common *common)
+{
+    return common->device_scalars ? &common->device_scalars->k.tables : &common->scalars.tables;
+}
+
+/* A thread's share of a block's copy. */
+LPSGD_INLINE void lpsgd_cuda_share(lpsgd_tables *copy, const lpsgd_tables *tables, int thread)
+{
+    for (int i = thread; i < (int)(sizeof *copy / sizeof(float)); i += LPSGD_CUDA_THREADS)
+        ((float *)copy)[i] = ((const float *)tables)[i];
+}
+
 /* Which thread this is, of LPSGD_CUDA_THREADS in each block. */
 typedef struct lpsgd_cuda_place {
     int64_t block, blocks;
@@ -176,8 +189,11 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
 }
 
 /* LPSGD_CUDA_WORK(name, T, M, step, dtype) defines one thread's work for parameters of dtype, which are
- * of type T, and momentum buffers of type M. step(dtype, &param, grad, &m, has_momentum, random, k)
- * steps one element.
+ * of type T, and momentum buffers of type M. step(dtype, &param, grad, &m, has_momentum, random,
+ * tables, k) steps one element.
+ *
+ * Threads would take turns to read different entries of a table in constant memory, so a block has a
+ * copy of them in its shared memory, which lpsgd_cuda_share makes.
  *
  * Two things are so for the sake of the machine code (tests/cuda/test_cuda_code.py): the addresses of a
  * vector have names, as nvcc stores one in pieces where it computes the address anew, and the
@@ -192,7 +208,8 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         M x[name##_width];                                                                         \
     } name##_momentums;                                                                            \
                                                                                                    \
-    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t v, const lpsgd_scalars *k) \
+    LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t v,                         \
+                                    const lpsgd_tables *tables, const lpsgd_scalars *k)            \
     {                                                                                              \
         const int has_momentum = t->momentum_buffer != NULL;                                       \
         name##_params *const param_at = (name##_params *)t->param + v;                             \
@@ -206,26 +223,28 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         LPSGD_UNROLL                                                                               \
         for (int j = 0; j < name##_width; j++)                                                     \
             step(dtype, &param.x[j], grad.x[j], &m.x[j], has_momentum,                             \
-                 lpsgd_cuda_random(t, v * name##_width + j, k), k);                                \
+                 lpsgd_cuda_random(t, v * name##_width + j, k), tables, k);                        \
         *param_at = param;                                                                         \
         if (has_momentum)                                                                          \
             *m_at = m;                                                                             \
     }                                                                                              \
                                                                                                    \
-    LPSGD_INLINE void name##_element(const lpsgd_cuda_tensor *t, int64_t i, const lpsgd_scalars *k)\
+    LPSGD_INLINE void name##_element(const lpsgd_cuda_tensor *t, int64_t i,                        \
+                                     const lpsgd_tables *tables, const lpsgd_scalars *k)           \
     {                                                                                              \
         const int has_momentum = t->momentum_buffer != NULL;                                       \
         T param = ((T *)t->param)[i];                                                              \
         M m = has_momentum ? ((M *)t->momentum_buffer)[i] : (M)0;                                  \
         step(dtype, &param, ((const T *)t->grad)[i], &m, has_momentum,                             \
-             lpsgd_cuda_random(t, i, k), k);                                                       \
+             lpsgd_cuda_random(t, i, k), tables, k);                                               \
         ((T *)t->param)[i] = param;                                                                \
         if (has_momentum)                                                                          \
             ((M *)t->momentum_buffer)[i] = m;                                                      \
     }                                                                                              \
                                                                                                    \
     LPSGD_INLINE void name##_work(const lpsgd_cuda_common *common,                                 \
-                                  const lpsgd_cuda_tensor *tensors, lpsgd_cuda_place place)        \
+                                  const lpsgd_cuda_tensor *tensors, const lpsgd_tables *tables,    \
+                                  lpsgd_cuda_place place)                                          \
     {                                                                                              \
         const lpsgd_cuda_scalars *device = common->device_scalars;                                 \
         const lpsgd_scalars copy = device ? device->k : common->scalars, *k = &copy;               \
@@ -237,30 +256,32 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             const int count = (int)(left < size ? left : size);                                    \
             const int vectors = lpsgd_cuda_aligned(t) ? count / name##_width : 0;                  \
             for (int v = place.thread; v < vectors; v += LPSGD_CUDA_THREADS)                       \
-                name##_vector(t, start / name##_width + v, k);                                     \
+                name##_vector(t, start / name##_width + v, tables, k);                             \
             for (int i = vectors * name##_width + place.thread; i < count; i += LPSGD_CUDA_THREADS)\
-                name##_element(t, start + i, k);                                                   \
+                name##_element(t, start + i, tables, k);                                           \
         }                                                                                          \
     }
 
 /* One element; `random` has 32 random bits where k asks for them. dtype is a constant, and tells the
  * 16-bit ones apart, which have the same type in C. */
 LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, float *param, float grad, float *m,
-                                     int has_momentum, uint32_t random, const lpsgd_scalars *k)
+                                     int has_momentum, uint32_t random,
+                                     const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float x = lpsgd_grad(grad, k);
     (void)dtype, (void)random;
     if (has_momentum)
         *m = x = lpsgd_momentum(*m, x, k);
     if (k->rule != LPSGD_RULE_REST)
-        *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, k), k);
+        *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, tables, k), k);
 }
 
 LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, double *param, double grad, double *m,
-                                     int has_momentum, uint32_t random, const lpsgd_scalars *k)
+                                     int has_momentum, uint32_t random,
+                                     const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     double x = lpsgd_grad64(grad, k);
-    (void)dtype, (void)random;
+    (void)dtype, (void)random, (void)tables;
     if (has_momentum)
         *m = x = lpsgd_momentum64(*m, x, k);
     if (k->rule != LPSGD_RULE_REST)
@@ -282,19 +303,22 @@ LPSGD_INLINE uint16_t lpsgd_cuda_store_half(lpsgd_dtype dtype, float x, uint32_t
 }
 
 LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, uint16_t *param, uint16_t grad, float *m,
-                                       int has_momentum, uint32_t random, const lpsgd_scalars *k)
+                                       int has_momentum, uint32_t random,
+                                       const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float x = lpsgd_cuda_load_half(dtype, *param);
-    lpsgd_cuda_float32(dtype, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random, k);
+    lpsgd_cuda_float32(dtype, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random, tables,
+                       k);
     if (k->rule != LPSGD_RULE_REST)
         *param = lpsgd_cuda_store_half(dtype, x, random, k);
 }
 
 LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, uint16_t *param, uint16_t grad, uint16_t *m,
-                                  int has_momentum, uint32_t random, const lpsgd_scalars *k)
+                                  int has_momentum, uint32_t random,
+                                  const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float wide = lpsgd_cuda_load_half(dtype, *m);
-    lpsgd_cuda_half_wide(dtype, param, grad, &wide, has_momentum, random, k);
+    lpsgd_cuda_half_wide(dtype, param, grad, &wide, has_momentum, random, tables, k);
     *m = lpsgd_cuda_store_half(dtype, wide, random >> 16, k);
 }
 

@@ -36,15 +36,14 @@ typedef enum lpsgd_rule {
 } lpsgd_rule;
 
 /* y^-rho for y = 2^e * m, 1 <= m < 2 (lpsgd_power). The upper five bits of e + 127 choose from `coarse`,
- * the lower three from `fine`, and the upper three bits after m's point from the other two. */
-typedef struct lpsgd_power_tables {
+ * the lower three from `fine`, and the upper three bits after m's point from `reciprocal` and `root`. */
+typedef struct lpsgd_tables {
     float coarse[32];    /* 2^(-rho (8 i - 127)) */
     float fine[8];       /* 2^(-rho i) */
     float reciprocal[8]; /* of the middle of an eighth of [1, 2) */
     float root[8];       /* reciprocal^rho */
-    float series[5];     /* (1 + r)^-rho = 1 + r (series[0] + r (series[1] + ...)), |r| < 1/16 */
     float subnormal[4];  /* coarse for e + 127 - 24, times 2^-24 */
-} lpsgd_power_tables;
+} lpsgd_tables;
 
 /* The hyper-parameters of one step, folded once in double by lpsgd_fold_values. */
 typedef struct lpsgd_scalars {
@@ -55,7 +54,8 @@ typedef struct lpsgd_scalars {
     float decay;       /* 1 - lr * weight_decay */
     float step_size;   /* -lr * pivot^(-1 / (p - 1)) <= 0 */
     float eps;
-    lpsgd_power_tables power;
+    lpsgd_tables tables;
+    float series[5]; /* (1 + r)^-rho = 1 + r (series[0] + r (series[1] + ...)), |r| < 1/16 */
     /* The same in double, for float64. */
     double momentum64, one_minus_momentum64, grad_factor64, decay64, step_size64, eps64, rho64;
     int momentum_float32;
@@ -113,7 +113,7 @@ LPSGD_INLINE double lpsgd_exp2_of(double x)
     return 0.70710678118654752440 * (series * t + 1.0);
 }
 
-LPSGD_INLINE void lpsgd_fold_power(double rho, lpsgd_power_tables *tables)
+LPSGD_INLINE void lpsgd_fold_tables(double rho, lpsgd_tables *tables)
 {
     const double reciprocal[8] = {
         /* 16 / (17 + 2 i) in float */
@@ -139,20 +139,24 @@ LPSGD_INLINE void lpsgd_fold_power(double rho, lpsgd_power_tables *tables)
         tables->coarse[i] = (float)(down /= eighth_power);
     for (int i = 3; i >= 0; i--, down /= eighth_power)
         tables->subnormal[i] = (float)(down * 0x1p-24);
-    /* The binomial series up to r^7; r^6 and r^7 replaced by the Chebyshev polynomials' lower powers
-     * on |r| <= 1/17. */
+}
+
+/* The binomial series up to r^7, with r^6 and r^7 replaced by what the Chebyshev polynomials of their
+ * degree say of the lower powers, for |r| <= 1/17. */
+LPSGD_INLINE void lpsgd_fold_series(double rho, float *series)
+{
+    const double square = 1.0 / 17.0 / 17.0;
     double b[8];
     b[0] = 1.0;
     for (int i = 1; i < 8; i++)
         b[i] = b[i - 1] * (-rho - (i - 1)) / i;
-    const double a = 1.0 / 17.0, a2 = a * a;
-    b[5] += b[7] * (7.0 / 4.0) * a2;
-    b[4] += b[6] * (3.0 / 2.0) * a2;
-    b[3] -= b[7] * (7.0 / 8.0) * a2 * a2;
-    b[2] -= b[6] * (9.0 / 16.0) * a2 * a2;
-    b[1] += b[7] * (7.0 / 64.0) * a2 * a2 * a2;
+    b[5] += b[7] * (7.0 / 4.0) * square;
+    b[4] += b[6] * (3.0 / 2.0) * square;
+    b[3] -= b[7] * (7.0 / 8.0) * square * square;
+    b[2] -= b[6] * (9.0 / 16.0) * square * square;
+    b[1] += b[7] * (7.0 / 64.0) * square * square * square;
     for (int i = 0; i < 5; i++)
-        tables->series[i] = (float)b[i + 1];
+        series[i] = (float)b[i + 1];
 }
 
 /* The scalars of a step with these values, which have been checked. */
@@ -180,7 +184,8 @@ LPSGD_INLINE void lpsgd_fold_values(const lpsgd_hyper *hyper, lpsgd_scalars *k)
     k->decay = (float)k->decay64;
     k->step_size = (float)k->step_size64;
     k->eps = (float)k->eps64;
-    lpsgd_fold_power(rho, &k->power);
+    lpsgd_fold_tables(rho, &k->tables);
+    lpsgd_fold_series(rho, k->series);
     k->momentum_float32 = hyper->momentum_float32 != 0;
     k->stochastic_rounding = hyper->stochastic_rounding != 0;
     k->rounding_key = lpsgd_key(lpsgd_mix(hyper->seed), hyper->step);
@@ -204,11 +209,13 @@ LPSGD_INLINE float lpsgd_apply(float param, float u, const lpsgd_scalars *k)
     return LPSGD_FMAF(k->step_size, u, k->decay * param);
 }
 
-/* y^-rho for ordinary y (lpsgd_extraordinary), given the entry of `coarse` or what stands for it. */
-LPSGD_INLINE float lpsgd_ordinary_power(float y, float coarse, const lpsgd_power_tables *tables)
+/* y^-rho for ordinary y (lpsgd_extraordinary), given the entry of `coarse` or what stands for it. tables
+ * are k's or a copy of them. */
+LPSGD_INLINE float lpsgd_ordinary_power(float y, float coarse, const lpsgd_tables *tables,
+                                        const lpsgd_scalars *k)
 {
     const int32_t bits = lpsgd_bits(y), eighth = bits >> 20 & 7;
-    const float *c = tables->series, root = tables->root[eighth];
+    const float *c = k->series, root = tables->root[eighth];
     const float m = lpsgd_float((bits & 0x007fffff) | 0x3f800000);
     const float r = LPSGD_FMAF(m, tables->reciprocal[eighth], -1.0f);
     float series = c[4];
@@ -237,9 +244,9 @@ typedef struct lpsgd_scaled_power {
     float w, before, after;
 } lpsgd_scaled_power;
 
-LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_scalars *k)
+LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_tables *tables,
+                                            const lpsgd_scalars *k)
 {
-    const lpsgd_power_tables *tables = &k->power;
     const int32_t tiny = lpsgd_bits(y) < 0x00800000;
     const int32_t small_power = lpsgd_bits(y) >= 0x7e000000 && tables->coarse[31] < 0x1p-100f;
     const float scale = tiny ? 0x1p24f : 1.0f, scaled = y * scale;
@@ -249,7 +256,7 @@ LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_scalars *k)
     lpsgd_scaled_power power;
     power.before = scale;
     power.after = small_power ? 0x1p-24f : 1.0f;
-    power.w = isinf(y) ? 0.0f : lpsgd_ordinary_power(scaled, coarse, tables);
+    power.w = isinf(y) ? 0.0f : lpsgd_ordinary_power(scaled, coarse, tables, k);
     return power;
 }
 
@@ -262,7 +269,8 @@ LPSGD_INLINE float lpsgd_scale(float x, float w)
 /* u of eq 21 and 24 (without the pivot, which step_size carries), every edge case included.
  * This is the reference that faster drivers must equal bit for bit. rule is k->rule, given apart
  * so that a loop can be compiled for one rule. */
-LPSGD_INLINE float lpsgd_direction(float x, lpsgd_rule rule, const lpsgd_scalars *k)
+LPSGD_INLINE float lpsgd_direction(float x, lpsgd_rule rule, const lpsgd_tables *tables,
+                                   const lpsgd_scalars *k)
 {
     const float y = fabsf(x) + k->eps;
     if (rule == LPSGD_RULE_REST)
@@ -271,7 +279,7 @@ LPSGD_INLINE float lpsgd_direction(float x, lpsgd_rule rule, const lpsgd_scalars
         return x + 0.0f;
     if (rule == LPSGD_RULE_SIGN)
         return y == 0.0f ? 0.0f : x / y + 0.0f;
-    const lpsgd_scaled_power power = lpsgd_power(y, k);
+    const lpsgd_scaled_power power = lpsgd_power(y, tables, k);
     return lpsgd_scale(x * power.before, power.w) * power.after;
 }
 

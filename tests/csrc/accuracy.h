@@ -40,7 +40,7 @@ static inline double error_in_ulp(double value, double real, double smallest)
 
 static inline double power_error(float y, const lpsgd_scalars *k)
 {
-    const lpsgd_scaled_power power = lpsgd_power(y, k);
+    const lpsgd_scaled_power power = lpsgd_power(y, &k->tables, k);
     if (!isnormal(power.w))
         return INFINITY;
     const double value = (double)power.w * power.before * power.after;

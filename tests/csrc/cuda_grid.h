@@ -17,7 +17,7 @@ typedef void grid_thread(const lpsgd_cuda_common *common, const lpsgd_cuda_tenso
     static void name##_thread(const lpsgd_cuda_common *common, const lpsgd_cuda_tensor *tensors,   \
                               lpsgd_cuda_place place)                                              \
     {                                                                                              \
-        name##_work(common, tensors, place);                                                       \
+        name##_work(common, tensors, lpsgd_cuda_tables(common), place);                            \
     }
 
 GRID_THREAD(lpsgd_cuda_float32)

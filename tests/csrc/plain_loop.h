@@ -52,7 +52,7 @@ static inline void plain_loop(const lpsgd_buffer *list, int64_t count, test_kind
                     x = lpsgd_momentum(load_float(b->momentum_buffer, momentum_dtype, i), x, k);
                     store_float(b->momentum_buffer, momentum_dtype, i, x, k, random >> 16);
                 }
-                const float u = lpsgd_direction(x, k->rule, k);
+                const float u = lpsgd_direction(x, k->rule, &k->tables, k);
                 if (k->rule != LPSGD_RULE_REST)
                     store_float(b->param, dtype, i, lpsgd_apply(param, u, k), k, random & 0xffff);
             }
