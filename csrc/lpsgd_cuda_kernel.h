@@ -163,17 +163,13 @@ LPSGD_INLINE int lpsgd_cuda_aligned(const lpsgd_cuda_tensor *t)
     return ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
 }
 
-/* What the tables of a launch are copied from. */
-LPSGD_INLINE const lpsgd_tables *lpsgd_cuda_tables(const lpsgd_cuda_common *common)
+/* A thread's part of a block's copy of the tables: one word. */
+LPSGD_INLINE void lpsgd_cuda_share(lpsgd_tables *copy, const lpsgd_cuda_common *common, int thread)
 {
-    return common->device_scalars ? &common->device_scalars->k.tables : &common->scalars.tables;
-}
-
-/* A thread's share of a block's copy. */
-LPSGD_INLINE void lpsgd_cuda_share(lpsgd_tables *copy, const lpsgd_tables *tables, int thread)
-{
-    for (int i = thread; i < (int)(sizeof *copy / sizeof(float)); i += LPSGD_CUDA_THREADS)
-        ((float *)copy)[i] = ((const float *)tables)[i];
+    const lpsgd_cuda_scalars *device = common->device_scalars;
+    if (thread < (int)(sizeof *copy / sizeof(float)))
+        ((float *)copy)[thread] = device ? ((const float *)&device->k.tables)[thread]
+                                         : ((const float *)&common->scalars.tables)[thread];
 }
 
 /* Which thread this is, of LPSGD_CUDA_THREADS in each block. */
