@@ -18,7 +18,7 @@ static __device__ lpsgd_cuda_place this_thread(void)
         name(const __grid_constant__ arguments a)                                                  \
     {                                                                                              \
         __shared__ lpsgd_tables tables;                                                            \
-        lpsgd_cuda_share(&tables, lpsgd_cuda_tables(&a.common), (int)threadIdx.x);                 \
+        lpsgd_cuda_share(&tables, &a.common, (int)threadIdx.x);                                    \
         __syncthreads();                                                                           \
         work(&a.common, a.tensor, &tables, this_thread());                                         \
     }

@@ -22,7 +22,8 @@ lpsgd_cuda_check lpsgd_cuda_check_number(int i, lpsgd_cuda_check_memory *memory)
         {LPSGD_FLOAT32, 0}, {LPSGD_FLOAT64, 0},  {LPSGD_BFLOAT16, 0},
         {LPSGD_FLOAT16, 0}, {LPSGD_BFLOAT16, 1}, {LPSGD_FLOAT16, 1},
     };
-    static const double p[] = {2.0, 6.0, INFINITY, [FOUND_INF] = 6.0};
+    /* With 8 the power of a huge number is too small for a float of full precision. */
+    static const double p[] = {2.0, 8.0, INFINITY, [FOUND_INF] = 8.0};
     const int kind = i / 16, which = i / 4 % 4;
     const lpsgd_dtype dtype = kinds[kind].dtype;
     const int64_t size = lpsgd_itemsize(dtype);
@@ -91,13 +92,14 @@ static uint64_t load_bits(const void *array, lpsgd_dtype dtype, int j)
     return bits;
 }
 
-/* Elements between 2^-15 and 1, a zero and a subnormal one of eight. Gradients and momentum have the same
- * sign and parameters the other one, so that no step cancels what pow() rounds. */
+/* Of eight elements five are normal, of any size; one each is huge, zero and subnormal. Parameters are
+ * at most 1, and every other one subnormal or zero, so that they hide nothing of a step; gradients and
+ * momentum have the same sign and parameters the other one, so that it cancels nothing that pow() rounds. */
 static void fill_array(void *array, lpsgd_dtype dtype, uint64_t seed, int is_param)
 {
     static const struct {
         int mantissa;
-        uint64_t bias;
+        uint64_t bias; /* of the exponents, of which twice it is the highest */
     } formats[] = {
         [LPSGD_FLOAT32] = {23, 127},
         [LPSGD_FLOAT64] = {52, 1023},
@@ -105,12 +107,18 @@ static void fill_array(void *array, lpsgd_dtype dtype, uint64_t seed, int is_par
         [LPSGD_FLOAT16] = {10, 15},
     };
     const int mantissa = formats[dtype].mantissa;
+    const uint64_t bias = formats[dtype].bias;
     for (int j = 0; j < LPSGD_CUDA_CHECK_NUMEL; j++) {
-        const uint64_t random = lpsgd_key(seed, (uint64_t)j);
+        const uint64_t random = lpsgd_key(seed, (uint64_t)j), high = random >> 52;
         const uint64_t fraction = random & ((UINT64_C(1) << mantissa) - 1);
-        const uint64_t exponent = j % 8 < 6 ? formats[dtype].bias - 1 - (random >> 60) % 14 : 0;
+        const uint64_t exponent = j % 8 == 7   ? 0
+                                  : is_param   ? (j % 2 ? bias - 1 - high % 14 : 0)
+                                  : j % 8 == 5 ? 2 * bias
+                                               : 1 + high % (2 * bias);
         const uint64_t sign = (uint64_t)(j % 3 == 0) ^ (uint64_t)is_param;
-        const uint64_t magnitude = j % 8 == 6 ? 0 : exponent << mantissa | fraction;
+        const uint64_t magnitude = j % 8 == 6 ? 0
+                                   : exponent ? exponent << mantissa | fraction
+                                              : fraction >> high % (uint64_t)mantissa;
         store_bits(array, dtype, j, sign << (8 * lpsgd_itemsize(dtype) - 1) | magnitude);
     }
 }
@@ -124,9 +132,9 @@ void lpsgd_cuda_check_fill(int i, lpsgd_cuda_check_memory *memory)
 {
     const lpsgd_cuda_check check = lpsgd_cuda_check_number(i, memory);
     memset(memory, 0, sizeof *memory);
-    fill_array(memory->param, check.dtype, 1, 1);
-    fill_array(memory->grad, check.dtype, 2, 0);
-    fill_array(memory->momentum_buffer, momentum_dtype(&check), 3, 0);
+    fill_array(memory->param, check.dtype, 3 * (uint64_t)i, 1);
+    fill_array(memory->grad, check.dtype, 3 * (uint64_t)i + 1, 0);
+    fill_array(memory->momentum_buffer, momentum_dtype(&check), 3 * (uint64_t)i + 2, 0);
     store_number(&memory->lr, check.dtype, check.hyper.lr);
     store_number(&memory->p, check.dtype, check.hyper.p);
     store_number(&memory->found_inf, check.dtype, check.found_inf);
@@ -152,7 +160,7 @@ int lpsgd_cuda_check_passes(int i, const lpsgd_cuda_check_memory *memory, char *
 {
     lpsgd_cuda_check_memory expected;
     const lpsgd_cuda_check check = lpsgd_cuda_check_number(i, &expected);
-    const int rounds_power = check.dtype == LPSGD_FLOAT64 && check.hyper.p == 6.0;
+    const int rounds_power = check.dtype == LPSGD_FLOAT64 && check.hyper.p == 8.0;
     lpsgd_cuda_check_fill(i, &expected);
     if (!check.found_inf)
         (check.has_momentum ? lpsgdm_step : lpsgd_step)(check.list, 2, check.dtype, &check.hyper, 1);

@@ -30,7 +30,7 @@ enum {
     LPSGD_CUDA_THREADS = 256,
     LPSGD_CUDA_ROUNDS = 4,                       /* vectors of a thread in a tile */
     LPSGD_CUDA_TENSORS = 500,                    /* of the 32764 bytes of a kernel's arguments */
-    LPSGD_CUDA_FEW = 64,                         /* of 4096 bytes */
+    LPSGD_CUDA_FEW = 66,                         /* of 4096 bytes */
     LPSGD_CUDA_TILE_BYTES = LPSGD_CUDA_THREADS * LPSGD_CUDA_ROUNDS * 16
 };
 
@@ -163,17 +163,13 @@ LPSGD_INLINE int lpsgd_cuda_aligned(const lpsgd_cuda_tensor *t)
     return ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
 }
 
-/* What the tables of a launch are copied from. */
-LPSGD_INLINE const lpsgd_tables *lpsgd_cuda_tables(const lpsgd_cuda_common *common)
+/* A thread's part of a block's copy of the tables: one word, or none. */
+LPSGD_INLINE void lpsgd_cuda_share(lpsgd_tables *copy, const lpsgd_cuda_common *common, int thread)
 {
-    return common->device_scalars ? &common->device_scalars->k.tables : &common->scalars.tables;
-}
-
-/* A thread's share of a block's copy. */
-LPSGD_INLINE void lpsgd_cuda_share(lpsgd_tables *copy, const lpsgd_tables *tables, int thread)
-{
-    for (int i = thread; i < (int)(sizeof *copy / sizeof(float)); i += LPSGD_CUDA_THREADS)
-        ((float *)copy)[i] = ((const float *)tables)[i];
+    const lpsgd_cuda_scalars *device = common->device_scalars;
+    if (thread < (int)(sizeof *copy / sizeof(float)))
+        ((float *)copy)[thread] = device ? ((const float *)&device->k.tables)[thread]
+                                         : ((const float *)&common->scalars.tables)[thread];
 }
 
 /* Which thread this is, of LPSGD_CUDA_THREADS in each block. */
@@ -193,12 +189,12 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
  * tables, k) steps one element.
  *
  * Threads would take turns to read different entries of a table in constant memory, so a block has a
- * copy of them in its shared memory, which lpsgd_cuda_share makes.
+ * copy of the tables in its shared memory, which lpsgd_cuda_share makes.
  *
- * Two things are so for the sake of the machine code (tests/cuda/test_cuda_code.py): the addresses of a
- * vector have names, as nvcc stores one in pieces where it computes the address anew, and the
- * scalars are copied, as it would read them again for every element, in fear of what the stores
- * change. */
+ * Three things are so for the sake of the machine code (tests/cuda/test_cuda_code.py): the addresses of
+ * a vector have names, as nvcc stores one in pieces where it computes the address anew; the scalars
+ * are copied, as it would read them again for every element, in fear of what the stores change; and
+ * a vector's elements have a loop for each rule, as it would ask for the rule at every element. */
 #define LPSGD_CUDA_WORK(name, T, M, step, dtype)                                                   \
     enum { name##_width = 16 / (int)sizeof(T) };                                                   \
     typedef struct LPSGD_ALIGN(16) name##_params {                                                 \
@@ -207,6 +203,18 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
     typedef struct LPSGD_ALIGN(16) name##_momentums {                                              \
         M x[name##_width];                                                                         \
     } name##_momentums;                                                                            \
+                                                                                                   \
+    LPSGD_INLINE void name##_steps(lpsgd_rule rule, name##_params *param,                          \
+                                   const name##_params *grad, name##_momentums *m,                 \
+                                   const lpsgd_cuda_tensor *t, int64_t v,                          \
+                                   const lpsgd_tables *tables, const lpsgd_scalars *k)             \
+    {                                                                                              \
+        const int has_momentum = t->momentum_buffer != NULL;                                       \
+        LPSGD_UNROLL                                                                               \
+        for (int j = 0; j < name##_width; j++)                                                     \
+            step(dtype, rule, &param->x[j], grad->x[j], &m->x[j], has_momentum,                    \
+                 lpsgd_cuda_random(t, v * name##_width + j, k), tables, k);                        \
+    }                                                                                              \
                                                                                                    \
     LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t v,                         \
                                     const lpsgd_tables *tables, const lpsgd_scalars *k)            \
@@ -220,10 +228,20 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         name##_momentums m = {{0}};                                                                \
         if (has_momentum)                                                                          \
             m = *m_at;                                                                             \
-        LPSGD_UNROLL                                                                               \
-        for (int j = 0; j < name##_width; j++)                                                     \
-            step(dtype, &param.x[j], grad.x[j], &m.x[j], has_momentum,                             \
-                 lpsgd_cuda_random(t, v * name##_width + j, k), tables, k);                        \
+        switch (k->rule) {                                                                         \
+        case LPSGD_RULE_SGD:                                                                       \
+            name##_steps(LPSGD_RULE_SGD, &param, &grad, &m, t, v, tables, k);                      \
+            break;                                                                                 \
+        case LPSGD_RULE_SIGN:                                                                      \
+            name##_steps(LPSGD_RULE_SIGN, &param, &grad, &m, t, v, tables, k);                     \
+            break;                                                                                 \
+        case LPSGD_RULE_POWER:                                                                     \
+            name##_steps(LPSGD_RULE_POWER, &param, &grad, &m, t, v, tables, k);                    \
+            break;                                                                                 \
+        case LPSGD_RULE_REST:                                                                      \
+            name##_steps(LPSGD_RULE_REST, &param, &grad, &m, t, v, tables, k);                     \
+            break;                                                                                 \
+        }                                                                                          \
         *param_at = param;                                                                         \
         if (has_momentum)                                                                          \
             *m_at = m;                                                                             \
@@ -235,7 +253,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         const int has_momentum = t->momentum_buffer != NULL;                                       \
         T param = ((T *)t->param)[i];                                                              \
         M m = has_momentum ? ((M *)t->momentum_buffer)[i] : (M)0;                                  \
-        step(dtype, &param, ((const T *)t->grad)[i], &m, has_momentum,                             \
+        step(dtype, k->rule, &param, ((const T *)t->grad)[i], &m, has_momentum,                             \
              lpsgd_cuda_random(t, i, k), tables, k);                                               \
         ((T *)t->param)[i] = param;                                                                \
         if (has_momentum)                                                                          \
@@ -264,7 +282,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
 
 /* One element; `random` has 32 random bits where k asks for them. dtype is a constant, and tells the
  * 16-bit ones apart, which have the same type in C. */
-LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, float *param, float grad, float *m,
+LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, lpsgd_rule rule, float *param, float grad, float *m,
                                      int has_momentum, uint32_t random,
                                      const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
@@ -272,11 +290,11 @@ LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, float *param, float grad
     (void)dtype, (void)random;
     if (has_momentum)
         *m = x = lpsgd_momentum(*m, x, k);
-    if (k->rule != LPSGD_RULE_REST)
-        *param = lpsgd_apply(*param, lpsgd_direction(x, k->rule, tables, k), k);
+    if (rule != LPSGD_RULE_REST)
+        *param = lpsgd_apply(*param, lpsgd_direction(x, rule, tables, k), k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, double *param, double grad, double *m,
+LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, lpsgd_rule rule, double *param, double grad, double *m,
                                      int has_momentum, uint32_t random,
                                      const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
@@ -284,8 +302,8 @@ LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, double *param, double gr
     (void)dtype, (void)random, (void)tables;
     if (has_momentum)
         *m = x = lpsgd_momentum64(*m, x, k);
-    if (k->rule != LPSGD_RULE_REST)
-        *param = lpsgd_apply64(*param, lpsgd_direction64(x, k->rule, k), k);
+    if (rule != LPSGD_RULE_REST)
+        *param = lpsgd_apply64(*param, lpsgd_direction64(x, rule, k), k);
 }
 
 LPSGD_INLINE float lpsgd_cuda_load_half(lpsgd_dtype dtype, uint16_t half)
@@ -302,23 +320,23 @@ LPSGD_INLINE uint16_t lpsgd_cuda_store_half(lpsgd_dtype dtype, float x, uint32_t
                                   : lpsgd_to_bfloat16(x);
 }
 
-LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, uint16_t *param, uint16_t grad, float *m,
+LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param, uint16_t grad, float *m,
                                        int has_momentum, uint32_t random,
                                        const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float x = lpsgd_cuda_load_half(dtype, *param);
-    lpsgd_cuda_float32(dtype, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random, tables,
+    lpsgd_cuda_float32(dtype, rule, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random, tables,
                        k);
-    if (k->rule != LPSGD_RULE_REST)
+    if (rule != LPSGD_RULE_REST)
         *param = lpsgd_cuda_store_half(dtype, x, random, k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, uint16_t *param, uint16_t grad, uint16_t *m,
+LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param, uint16_t grad, uint16_t *m,
                                   int has_momentum, uint32_t random,
                                   const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float wide = lpsgd_cuda_load_half(dtype, *m);
-    lpsgd_cuda_half_wide(dtype, param, grad, &wide, has_momentum, random, tables, k);
+    lpsgd_cuda_half_wide(dtype, rule, param, grad, &wide, has_momentum, random, tables, k);
     *m = lpsgd_cuda_store_half(dtype, wide, random >> 16, k);
 }
 

@@ -247,16 +247,19 @@ typedef struct lpsgd_scaled_power {
 LPSGD_INLINE lpsgd_scaled_power lpsgd_power(float y, const lpsgd_tables *tables,
                                             const lpsgd_scalars *k)
 {
-    const int32_t tiny = lpsgd_bits(y) < 0x00800000;
-    const int32_t small_power = lpsgd_bits(y) >= 0x7e000000 && tables->coarse[31] < 0x1p-100f;
-    const float scale = tiny ? 0x1p24f : 1.0f, scaled = y * scale;
-    const int32_t i = lpsgd_bits(scaled) >> 26 & 31;
-    const float coarse = tiny ? tables->subnormal[i & 3]
-                         : small_power ? tables->coarse[i] * 0x1p24f : tables->coarse[i];
-    lpsgd_scaled_power power;
-    power.before = scale;
-    power.after = small_power ? 0x1p-24f : 1.0f;
-    power.w = isinf(y) ? 0.0f : lpsgd_ordinary_power(scaled, coarse, tables, k);
+    lpsgd_scaled_power power = {0.0f, 1.0f, 1.0f};
+    float coarse = tables->coarse[lpsgd_bits(y) >> 26 & 31];
+    if (lpsgd_bits(y) < 0x00800000) {
+        power.before = 0x1p24f;
+        y *= power.before;
+        coarse = tables->subnormal[lpsgd_bits(y) >> 26 & 3];
+    } else if (isinf(y)) {
+        coarse = 0.0f;
+    } else if (lpsgd_bits(y) >= 0x7e000000 && coarse < 0x1p-100f) {
+        power.after = 0x1p-24f;
+        coarse *= 0x1p24f;
+    }
+    power.w = lpsgd_ordinary_power(y, coarse, tables, k);
     return power;
 }
 
@@ -279,6 +282,10 @@ LPSGD_INLINE float lpsgd_direction(float x, lpsgd_rule rule, const lpsgd_tables 
         return x + 0.0f;
     if (rule == LPSGD_RULE_SIGN)
         return y == 0.0f ? 0.0f : x / y + 0.0f;
+    if (lpsgd_extraordinary(y) < LPSGD_ORDINARY) { /* the same with less to do */
+        const float coarse = tables->coarse[lpsgd_bits(y) >> 26];
+        return lpsgd_scale(x, lpsgd_ordinary_power(y, coarse, tables, k));
+    }
     const lpsgd_scaled_power power = lpsgd_power(y, tables, k);
     return lpsgd_scale(x * power.before, power.w) * power.after;
 }

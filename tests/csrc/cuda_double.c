@@ -665,8 +665,7 @@ static CUresult run_step(int device, CUkernel kernel, const void *arguments, uns
                               kernel->momentum_size);
     }
     for (unsigned block = 0; block < blocks && !error; block++)
-        for (unsigned thread = 0; thread < threads; thread++)
-            kernel->thread(&a.common, a.tensor, (lpsgd_cuda_place){block, blocks, (int)thread});
+        run_block(&a, kernel->thread, block, blocks, (int)threads);
     if (!error && strcmp(kernel->name, state.wrong) == 0 && a.tensor[0].momentum_buffer)
         *(unsigned char *)a.tensor[0].momentum_buffer ^= 1;
     return error;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * cuda_grid.h: a step by the source of the CUDA kernels compiled as C, every block and thread of
- * every launch in turn.
+ * every launch in turn, up to a block's barrier and from there on.
  */
 #ifndef CUDA_GRID_H
 #define CUDA_GRID_H
@@ -11,13 +11,13 @@
 #include "helpers.h"
 
 typedef void grid_thread(const lpsgd_cuda_common *common, const lpsgd_cuda_tensor *tensors,
-                         lpsgd_cuda_place place);
+                         const lpsgd_tables *tables, lpsgd_cuda_place place);
 
 #define GRID_THREAD(name)                                                                          \
     static void name##_thread(const lpsgd_cuda_common *common, const lpsgd_cuda_tensor *tensors,   \
-                              lpsgd_cuda_place place)                                              \
+                              const lpsgd_tables *tables, lpsgd_cuda_place place)                  \
     {                                                                                              \
-        name##_work(common, tensors, lpsgd_cuda_tables(common), place);                            \
+        name##_work(common, tensors, tables, place);                                               \
     }
 
 GRID_THREAD(lpsgd_cuda_float32)
@@ -40,11 +40,16 @@ static inline grid_thread *grid_thread_of(test_kind kind)
     return of_kinds[i];
 }
 
-static inline void run_block(const lpsgd_cuda_step_arguments *a, grid_thread *thread,
-                             int64_t block, int64_t blocks)
+/* The tables, of which every word is wrong at first, are shared by all threads before one of them steps. */
+static inline void run_block(const lpsgd_cuda_step_arguments *a, grid_thread *thread, int64_t block,
+                             int64_t blocks, int threads)
 {
-    for (int i = 0; i < LPSGD_CUDA_THREADS; i++)
-        thread(&a->common, a->tensor, (lpsgd_cuda_place){block, blocks, i});
+    lpsgd_tables tables;
+    memset(&tables, 0xff, sizeof tables); /* NaN */
+    for (int i = 0; i < threads; i++)
+        lpsgd_cuda_share(&tables, &a->common, i);
+    for (int i = 0; i < threads; i++)
+        thread(&a->common, a->tensor, &tables, (lpsgd_cuda_place){block, blocks, i});
 }
 
 /* All launches of a list, each of one block per tile but of no more than most_blocks. */
@@ -56,7 +61,7 @@ static inline void run_grids(lpsgd_cuda_step_arguments *a, test_list *list, int 
                         has_momentum, &done);
         const int64_t tiles = a->common.tiles, blocks = tiles < most_blocks ? tiles : most_blocks;
         for (int64_t block = 0; block < blocks; block++)
-            run_block(a, grid_thread_of(list->kind), block, blocks);
+            run_block(a, grid_thread_of(list->kind), block, blocks, LPSGD_CUDA_THREADS);
     }
 }
 

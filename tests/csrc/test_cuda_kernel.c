@@ -290,7 +290,8 @@ static void test_tensors_may_have_more_than_2_to_the_31_elements(void **state)
         const lpsgd_buffer piece = {expected[0], expected[1],  expected[2],
                                     n,           whole.stream, whole.index + (uint64_t)starts[s]};
         assert_int_equal(lpsgdm_step(&piece, 1, LPSGD_BFLOAT16, &hyper, 1), LPSGD_OK);
-        run_block(&a, grid_thread_of(list.kind), starts[s] / tile, a.common.tiles);
+        run_block(&a, grid_thread_of(list.kind), starts[s] / tile, a.common.tiles,
+                  LPSGD_CUDA_THREADS);
         for (int i = 0; i < 3; i++)
             assert_memory_equal(array[i] + starts[s], expected[i], (size_t)n * 2);
     }
