@@ -44,7 +44,7 @@ LPSGD_VECTOR table32 table32_of(const float *from, float least)
 LPSGD_VECTOR vfloat look_up32(const table32 *table, vint i, int careful)
 {
     if (careful)
-        return _mm256_i32gather_ps(table->all, (__m256i)i, 4);
+        return _mm256_i32gather_ps(table->all, (__m256i)(i & 31), 4);
     return look_up8(table->window, i);
 }
 

@@ -52,7 +52,7 @@ LPSGD_VECTOR vfloat look_up32(const table32 *table, vint i, int careful)
     (void)careful;
     vfloat result;
     for (int j = 0; j < lanes; j++)
-        result[j] = (*table)[i[j]];
+        result[j] = (*table)[i[j] & 31];
     return result;
 }
 
