@@ -30,7 +30,7 @@ test: system-packages install ## the tests: 6 minutes; TESTS=tests/optimizer run
 test-all: system-packages install ## the full products and longer samples as well: 20 minutes
 	$(PYTEST) -m "" $(TESTS)
 
-mutants: system-packages install ## breaks the code in 93 ways and says which test sees each: 20 minutes
+mutants: system-packages install ## breaks the code in a hundred ways and says which test sees each: 20 minutes
 	$(IN_VENV) tests/mutants/run.py $(MUTANTS)
 
 system-packages:

@@ -147,7 +147,7 @@ lpsgd_status lpsgdm_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dty
                               const lpsgd_hyper *hyper, const lpsgd_cuda_target *target);
 
 /* Makes all that a step on this device and stream needs: finds the driver, loads the kernels and, once
- * for a device, compares a small step by each of them with the CPU's, which takes about a millisecond
+ * for a device, compares small steps by each of them with the CPU's, which should take a millisecond
  * and waits for no stream. A device whose bits differ is refused for good; LPSGD_CUDA_CHECK=0 in the
  * environment leaves the comparison out. While the stream is being captured in a graph it is put off
  * until the next call. Steps do all this by themselves; this tells beforehand whether they can.

@@ -8,6 +8,14 @@
 #define LPSGD_TARGET
 #include "lpsgd_cpu_vector.h"
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+
+LPSGD_VECTOR vfloat fma_each(vfloat a, vfloat b, vfloat c)
+{
+    return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else
 LPSGD_VECTOR vfloat fma_each(vfloat a, vfloat b, vfloat c)
 {
     vfloat result;
@@ -15,6 +23,7 @@ LPSGD_VECTOR vfloat fma_each(vfloat a, vfloat b, vfloat c)
         result[i] = LPSGD_FMAF(a[i], b[i], c[i]);
     return result;
 }
+#endif
 
 typedef const float *table8;
 typedef const float *table32;

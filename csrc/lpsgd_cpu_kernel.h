@@ -6,8 +6,8 @@
  * instruction set as a function attribute, and vectors (lpsgd_cpu_vector.h), and includes this file.
  * Every operation is elementwise, so the vectors' width cannot change a bit.
  *
- * One loop does it all, a vector at a time. A vector that has an element out of the ordinary, for
- * whose power the tables do not serve, leaves the loop, and lpsgd_direction steps that element.
+ * One loop does it all, two vectors at a time, a batch. One that has an element out of the ordinary, for
+ * whose power the tables do not serve, leaves the loop and is stepped with care.
  */
 
 /* What distinguishes the loops: constants in each of them. */
@@ -36,7 +36,7 @@ typedef struct vscalars {
     table32 coarse;
 } vscalars;
 
-/* A vector's place in the buffer. */
+/* A batch's place in the buffer. */
 typedef struct place {
     char *param;
     const char *grad;
@@ -100,6 +100,8 @@ LPSGD_VECTOR vfloat direction(vfloat x, vfloat y, lpsgd_rule rule, int careful,
     return zero;
 }
 
+/* u with what lpsgd_direction has for elements out of the ordinary. The tables serve y = 0 as well: x is 0
+ * there, and whatever they say is finite. */
 LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lpsgd_scalars *k)
 {
     const vuint bits = (vuint)y;
@@ -116,6 +118,11 @@ LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lp
 LPSGD_VECTOR int is_interleaved(const form f)
 {
     return f.dtype == LPSGD_BFLOAT16 && f.momentum_dtype == LPSGD_BFLOAT16;
+}
+
+LPSGD_VECTOR int size_of(lpsgd_dtype dtype)
+{
+    return dtype == LPSGD_FLOAT32 ? 4 : 2;
 }
 
 /* lpsgd_random for a part of the elements from `index` on. */
@@ -135,6 +142,16 @@ LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index, int part, const for
     return x ^ x >> 14;
 }
 
+LPSGD_VECTOR vfloat load_vector(const char *from, lpsgd_dtype dtype)
+{
+    vhalf h;
+    if (dtype == LPSGD_FLOAT32)
+        return load_float(from);
+    memcpy(&h, from, sizeof h);
+    return dtype == LPSGD_FLOAT16 ? from_float16(h)
+                                  : (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
 LPSGD_VECTOR pair load(const char *from, lpsgd_dtype dtype, const form f)
 {
     pair x;
@@ -142,23 +159,13 @@ LPSGD_VECTOR pair load(const char *from, lpsgd_dtype dtype, const form f)
         const vuint both = (vuint)load_float(from);
         x.part[low_part] = (vfloat)(both << 16);
         x.part[!low_part] = (vfloat)(both & 0xffff0000u);
-        return x;
-    }
-    for (int i = 0; i < 2; i++) {
-        if (dtype == LPSGD_FLOAT32) {
-            x.part[i] = load_float(from + i * (int)sizeof(vfloat));
-            continue;
-        }
-        vhalf h;
-        memcpy(&h, from + i * (int)sizeof h, sizeof h);
-        x.part[i] = dtype == LPSGD_FLOAT16
-                        ? from_float16(h)
-                        : (vfloat)(__builtin_convertvector(h, vuint) << 16);
-    }
+    } else
+        for (int i = 0; i < 2; i++)
+            x.part[i] = load_vector(from + i * lanes * size_of(dtype), dtype);
     return x;
 }
 
-/* The upper 16 bits are those of lpsgd_to_bfloat16, or with `stochastic` of
+/* In the upper 16 bits that of lpsgd_to_bfloat16, or with `stochastic` of
  * lpsgd_to_bfloat16_stochastic. */
 LPSGD_VECTOR vuint round_to_bfloat16(vfloat x, int stochastic, vuint random16)
 {
@@ -167,32 +174,43 @@ LPSGD_VECTOR vuint round_to_bfloat16(vfloat x, int stochastic, vuint random16)
     return (rounded & ~is_nan) | (0x7fc00000u & is_nan);
 }
 
-/* `random`, of a bfloat16, is shifted right by `shift`. */
+/* lpsgd_to_float16. */
+LPSGD_VECTOR vhalf round_to_float16(vfloat x)
+{
+    const vhalf h = to_float16(x), is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
+    return (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
+}
+
+LPSGD_VECTOR void store_vector(char *to, vfloat x, lpsgd_dtype dtype, int stochastic,
+                               vuint random16)
+{
+    if (dtype == LPSGD_FLOAT32) {
+        memcpy(to, &x, sizeof x);
+        return;
+    }
+    const vhalf h =
+        dtype == LPSGD_FLOAT16
+            ? round_to_float16(x)
+            : __builtin_convertvector(round_to_bfloat16(x, stochastic, random16) >> 16, vhalf);
+    memcpy(to, &h, sizeof h);
+}
+
+/* The random bits that are used are those from `shift` on. */
 LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[2], int shift,
                         const form f)
 {
-    vuint rounded[2];
-    for (int i = 0; i < 2 && dtype == LPSGD_BFLOAT16; i++)
-        rounded[i] = round_to_bfloat16(x.part[i], f.stochastic, random[i] >> shift & 0xffffu);
+    vuint random16[2], rounded[2];
+    for (int i = 0; i < 2; i++) {
+        random16[i] = random[i] >> shift & 0xffffu;
+        if (is_interleaved(f))
+            rounded[i] = round_to_bfloat16(x.part[i], f.stochastic, random16[i]);
+        else
+            store_vector(to + i * lanes * size_of(dtype), x.part[i], dtype, f.stochastic,
+                         random16[i]);
+    }
     if (is_interleaved(f)) {
         const vuint both = rounded[low_part] >> 16 | (rounded[!low_part] & 0xffff0000u);
         memcpy(to, &both, sizeof both);
-        return;
-    }
-    for (int i = 0; i < 2; i++) {
-        vhalf h;
-        if (dtype == LPSGD_FLOAT32) {
-            memcpy(to + i * (int)sizeof(vfloat), &x.part[i], sizeof(vfloat));
-            continue;
-        }
-        if (dtype == LPSGD_BFLOAT16)
-            h = __builtin_convertvector(rounded[i] >> 16, vhalf);
-        else {
-            h = to_float16(x.part[i]);
-            const vhalf is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
-            h = (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
-        }
-        memcpy(to + i * (int)sizeof h, &h, sizeof h);
     }
 }
 
@@ -235,13 +253,11 @@ LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, c
 
 LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
 {
-    const int64_t size = f.dtype == LPSGD_FLOAT32 ? 4 : 2;
-    const int64_t momentum_size = f.momentum_dtype == LPSGD_FLOAT32 ? 4 : 2;
+    char *const momentum_buffer = buffer->momentum_buffer;
     return (place){
-        .param = (char *)buffer->param + i * size,
-        .grad = (const char *)buffer->grad + i * size,
-        .momentum_buffer =
-            f.has_momentum ? (char *)buffer->momentum_buffer + i * momentum_size : NULL,
+        .param = (char *)buffer->param + i * size_of(f.dtype),
+        .grad = (const char *)buffer->grad + i * size_of(f.dtype),
+        .momentum_buffer = f.has_momentum ? momentum_buffer + i * size_of(f.momentum_dtype) : NULL,
         .index = buffer->index + (uint64_t)i,
     };
 }
@@ -251,8 +267,8 @@ LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const v
                             const lpsgd_scalars *k)
 {
     char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
-    const size_t bytes = (size_t)n * (f.dtype == LPSGD_FLOAT32 ? 4 : 2);
-    const size_t momentum_bytes = (size_t)n * (f.momentum_dtype == LPSGD_FLOAT32 ? 4 : 2);
+    const size_t bytes = (size_t)(n * size_of(f.dtype));
+    const size_t momentum_bytes = (size_t)(n * size_of(f.momentum_dtype));
     memcpy(param, at.param, bytes);
     memcpy(grad, at.grad, bytes);
     if (f.has_momentum)
@@ -315,7 +331,7 @@ LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype, i
         step_rule(buffer, (form){dtype, dtype, 1, stochastic, 0}, k);
 }
 
-LPSGD_TARGET static inline void step_float64(double *restrict param, const double *restrict grad,
+LPSGD_VECTOR void step_float64(double *restrict param, const double *restrict grad,
                                double *restrict momentum_buffer, int64_t numel, lpsgd_rule rule,
                                const lpsgd_scalars *k)
 {
