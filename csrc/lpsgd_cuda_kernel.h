@@ -185,7 +185,7 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
 }
 
 /* LPSGD_CUDA_WORK(name, T, M, step, dtype) defines one thread's work for parameters of dtype, which are
- * of type T, and momentum buffers of type M. step(dtype, &param, grad, &m, has_momentum, random,
+ * of type T, and momentum buffers of type M. step(dtype, rule, &param, grad, &m, has_momentum, random,
  * tables, k) steps one element.
  *
  * Threads would take turns to read different entries of a table in constant memory, so a block has a
@@ -281,9 +281,9 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
     }
 
 /* One element; `random` has 32 random bits where k asks for them. dtype is a constant, and tells the
- * 16-bit ones apart, which have the same type in C. */
-LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, lpsgd_rule rule, float *param, float grad, float *m,
-                                     int has_momentum, uint32_t random,
+ * 16-bit ones apart, which have the same type in C. rule is k->rule, as in lpsgd_direction. */
+LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, lpsgd_rule rule, float *param, float grad,
+                                     float *m, int has_momentum, uint32_t random,
                                      const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float x = lpsgd_grad(grad, k);
@@ -294,8 +294,8 @@ LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, lpsgd_rule rule, float *
         *param = lpsgd_apply(*param, lpsgd_direction(x, rule, tables, k), k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, lpsgd_rule rule, double *param, double grad, double *m,
-                                     int has_momentum, uint32_t random,
+LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, lpsgd_rule rule, double *param, double grad,
+                                     double *m, int has_momentum, uint32_t random,
                                      const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     double x = lpsgd_grad64(grad, k);
@@ -320,19 +320,19 @@ LPSGD_INLINE uint16_t lpsgd_cuda_store_half(lpsgd_dtype dtype, float x, uint32_t
                                   : lpsgd_to_bfloat16(x);
 }
 
-LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param, uint16_t grad, float *m,
-                                       int has_momentum, uint32_t random,
+LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param,
+                                       uint16_t grad, float *m, int has_momentum, uint32_t random,
                                        const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float x = lpsgd_cuda_load_half(dtype, *param);
-    lpsgd_cuda_float32(dtype, rule, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random, tables,
-                       k);
+    lpsgd_cuda_float32(dtype, rule, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random,
+                       tables, k);
     if (rule != LPSGD_RULE_REST)
         *param = lpsgd_cuda_store_half(dtype, x, random, k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param, uint16_t grad, uint16_t *m,
-                                  int has_momentum, uint32_t random,
+LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param,
+                                  uint16_t grad, uint16_t *m, int has_momentum, uint32_t random,
                                   const lpsgd_tables *tables, const lpsgd_scalars *k)
 {
     float wide = lpsgd_cuda_load_half(dtype, *m);

@@ -245,8 +245,10 @@ class H100:
 # How many threads' instructions a multiprocessor starts in a clock, all and those of a pipe, by the
 # CUDA C++ Programming Guide (throughput of native arithmetic instructions, compute capability 9.0);
 # which pipe takes what, by Nsight Compute's Kernel Profiling Guide. IMAD is in two of them: only
-# half of the FMA pipe has integers. The other instructions (memory, control, those of a whole warp)
-# are held against issue alone.
+# half of the FMA pipe has integers. Shared memory has 32 banks of a word in a clock each (the same,
+# shared memory), and a table's entries are in different banks, so that no thread waits for another.
+# The other instructions (of other memory, control, those of a whole warp) are held against issue
+# alone.
 ISSUE = 128
 PIPES = {
     "FMA": (128, {"FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "IMAD"}),
@@ -260,10 +262,13 @@ PIPES = {
     ),
     "FP64": (64, {"DADD", "DMUL", "DFMA", "DSETP"}),
     "XU": (16, {"MUFU", "FCHK", "F2F", "FRND", "I2F"}),
+    "shared": (32, {"LDS"}),
 }
 # Clocks until the next instruction can use a result; twice as many in FP64 (Jia et al., Dissecting
-# the NVIDIA Volta GPU Architecture via Microbenchmarking, arXiv:1804.06826).
+# the NVIDIA Volta GPU Architecture via Microbenchmarking, arXiv:1804.06826), and cautious 30 from
+# shared memory, where Volta takes 19.
 WAIT = 4
+WAIT_LONGER = {**dict.fromkeys(PIPES["FP64"][1], 8), "LDS": 30}
 
 
 class Kernel(NamedTuple):
@@ -337,7 +342,7 @@ def predict(kernel: Kernel, rule: Rule) -> Prediction:
     # The worst case: a thread waits for memory in every round and once before, and for the result
     # of every instruction.
     rounds = kernel.share / elements
-    waits = WAIT * (rounds * (len(loop) + sum(one.name.startswith("D") for one in loop)) + around)
+    waits = rounds * sum(WAIT_LONGER.get(one.name, WAIT) for one in loop) + WAIT * around
     life = (rounds + 1) * H100.latency + waits / H100.clock
     limits["latency"] = H100.multiprocessors * kernel.resident * kernel.share / life
     return Prediction(inside, around / kernel.share, limits)

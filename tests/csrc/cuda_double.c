@@ -90,6 +90,7 @@ static struct CUkern_st kernels[LPSGD_CUDA_KERNELS] = {
 _Static_assert(sizeof(lpsgd_cuda_step_arguments) <= 32764, "a kernel's arguments");
 _Static_assert(sizeof(lpsgd_cuda_few_arguments) <= 4096, "the arguments of one for few tensors");
 _Static_assert(sizeof(lpsgd_cuda_few_arguments) + sizeof(lpsgd_cuda_tensor) > 4096, "no fewer");
+_Static_assert(sizeof(lpsgd_tables) <= LPSGD_CUDA_THREADS * sizeof(float), "a word of a thread");
 _Static_assert(offsetof(lpsgd_cuda_few_arguments, tensor) ==
                    offsetof(lpsgd_cuda_step_arguments, tensor),
                "the one's beginning is the other");

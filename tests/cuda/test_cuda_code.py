@@ -168,11 +168,20 @@ def test_neither_stack_nor_local_memory(resources, machine_code):
     usage = {
         (n, *found)
         for _, n, part in resources
-        for found in re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) SHARED:0 LOCAL:(\d+)", part)
+        for found in re.findall(r"Function (\w+):\s+REG:\d+ STACK:(\d+) .* LOCAL:(\d+)", part)
     }
     assert usage == {(n, name, "0", "0") for n in ARCHITECTURES for name in ALL}
     for code in machine_code.values():
         assert not [op for name in ALL for op in code[name] if re.match(r"(LDL|STL)\b", op)]
+
+
+def test_shared_memory_holds_the_tables_alone(resources):
+    """60 floats, where the power is not CUDA's; from sm_90 on there is 1 KiB of the driver's as well."""
+    for kind, n, part in resources:
+        shared = re.findall(r"Function (\w+):\s+REG.* SHARED:(\d+)", part)
+        assert kind == "ptx" or {name for name, _ in shared} == ALL
+        for name, size in shared:
+            assert int(size) == 0 if "float64" in name or "fold" in name else int(size) % 1024 == 240
 
 
 def test_registers_leave_room_for_1024_threads(resources):
@@ -227,24 +236,46 @@ def test_what_is_not_of_one_tensor_lies_at_the_beginning_of_constant_memory(inst
             assert max(int(address, 16) for address in addresses) < 0x8000
 
 
+def blocks_of(code):
+    """The instructions from one of control to the next."""
+    control = {"BRA", "EXIT", "BSSY", "BSYNC", "BAR", "CALL", "RET", "BRX"}
+    blocks = [[]]
+    for one in code:
+        blocks[-1].append(one)
+        if one.name in control:
+            blocks.append([])
+    return blocks
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scalars_are_arguments_or_loaded_at_once(instructions, kernel):
     """No generic load has to find out which, and those of device memory are issued together with
-    that of what found_inf came to, the last of lpsgd_cuda_scalars: a launch waits for them once."""
-    control = {"BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "BRX"}
+    that of what found_inf came to, the last of lpsgd_cuda_scalars: behind the barrier a launch waits
+    for them once."""
     for n, functions in instructions.items():
         code = functions[kernel]
-        assert "LD" not in {one.name for one in code}, n
-        blocks = [[]]
-        for one in code:
-            blocks[-1].append(one)
-            if one.name in control:
-                blocks.append([])
-        loads = [[one for one in block if one.name == "LDG"] for block in blocks]
-        first = next(filter(None, loads))
-        assert any(re.search(r"\+0x90\]", one.operands) for one in first), n
-        assert len(first) >= 9, n
+        assert not {"LD", "ST"} & {one.name for one in code}, n
+        loads = [[one for one in block if one.name == "LDG"] for block in blocks_of(code)]
+        first = next(block for block in loads if len(block) > 1)
+        assert any(re.search(r"\+0x168\]", one.operands) for one in first), n
+        assert len(first) >= 8, n
         assert all(roofline.bytes_of(one, "LDG") <= 8 for one in first), n
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if "float64" not in kernel])
+def test_tables_are_read_from_a_copy_that_the_block_makes_once(instructions, kernel):
+    """One word by each thread, from the arguments or from device memory, ahead of the only barrier.
+    From there on it is only read, by indices of a thread: uniform numbers do not come from it."""
+    for n, functions in instructions.items():
+        code = functions[kernel]
+        (barrier,) = (i for i, one in enumerate(code) if one.name == "BAR")
+        names = [one.name for one in code]
+        assert names[:barrier].count("STS") == names.count("STS") == 1, n
+        assert names[:barrier].count("LDG") == 1 and "LDC" in names[:barrier], n
+        assert "LDS" not in names[:barrier] and "LDS" in names[barrier:], n
+        reads = [one for one in code if one.name == "LDS"]
+        assert {one.opcode for one in reads} <= {"LDS", "LDS.U"}, n  # a word each
+        assert all(re.search(r"\[R\d", one.operands) for one in reads), (n, "a thread's own index")
 
 
 def fused_to_nearest(code):
