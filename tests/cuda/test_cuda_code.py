@@ -251,8 +251,8 @@ def blocks_of(code):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scalars_are_arguments_or_loaded_at_once(instructions, kernel):
     """No generic load has to find out which, and those of device memory are issued together with
-    that of what found_inf came to, the last of lpsgd_cuda_scalars: behind the barrier a launch waits
-    for them once."""
+    that of what found_inf came to, the last of lpsgd_cuda_scalars: behind the barrier a launch
+    waits for them once."""
     for n, functions in instructions.items():
         code = functions[kernel]
         assert not {"LD", "ST"} & {one.name for one in code}, n
