@@ -14,7 +14,6 @@
 typedef struct form {
     lpsgd_dtype dtype, momentum_dtype; /* of param and grad, of momentum_buffer */
     int has_momentum, stochastic;
-    lpsgd_rule rule;
 } form;
 
 /* The elements that are stepped at once, as float32. Where all that is read and written is bfloat16,
@@ -100,6 +99,11 @@ LPSGD_VECTOR vfloat direction(vfloat x, vfloat y, lpsgd_rule rule, int careful,
     return zero;
 }
 
+LPSGD_TARGET __attribute__((noinline)) static float careful_direction(float x, const lpsgd_scalars *k)
+{
+    return lpsgd_direction(x, LPSGD_RULE_POWER, &k->tables, k);
+}
+
 /* u with what lpsgd_direction has for elements out of the ordinary. The tables serve y = 0 as well: x is 0
  * there, and whatever they say is finite. */
 LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lpsgd_scalars *k)
@@ -111,7 +115,7 @@ LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lp
         any |= extraordinary[i];
     for (int i = 0; any && i < lanes; i++)
         if (extraordinary[i])
-            u[i] = lpsgd_direction(x[i], LPSGD_RULE_POWER, &k->tables, k);
+            u[i] = careful_direction(x[i], k);
     return u;
 }
 
@@ -229,20 +233,20 @@ LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, c
         if (f.has_momentum)
             x.part[i] = fma_each(s->one_minus_momentum, x.part[i], s->momentum * m.part[i]);
         y[i] = (vfloat)((vint)x.part[i] & 0x7fffffff) + s->eps;
-        if (f.rule == LPSGD_RULE_POWER && !careful &&
+        if (k->rule == LPSGD_RULE_POWER && !careful &&
             __builtin_expect(any_unserved(y[i], &s->coarse), 0))
             return 1;
     }
     for (int i = 0; i < 2; i++) {
-        u.part[i] = direction(x.part[i], y[i], f.rule, careful, s);
-        if (f.rule == LPSGD_RULE_POWER && careful)
+        u.part[i] = direction(x.part[i], y[i], k->rule, careful, s);
+        if (k->rule == LPSGD_RULE_POWER && careful)
             u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
         if (f.stochastic)
             random[i] = random_each(key, at.index, i, f);
     }
     if (f.has_momentum)
         store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
-    if (f.rule == LPSGD_RULE_REST)
+    if (k->rule == LPSGD_RULE_REST)
         return 0;
     param = load(at.param, f.dtype, f);
     for (int i = 0; i < 2; i++)
@@ -262,9 +266,10 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
     };
 }
 
-/* The last elements, fewer than a batch, by way of a whole one. */
-LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const vscalars *s,
-                            const lpsgd_scalars *k)
+/* A batch that has an element out of the ordinary, or the last n elements, fewer than a batch: by way of a
+ * whole one elsewhere. */
+LPSGD_VECTOR void step_with_care(place at, int n, const form f, uint64_t key, const vscalars *s,
+                                 const lpsgd_scalars *k)
 {
     char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
     const size_t bytes = (size_t)(n * size_of(f.dtype));
@@ -274,7 +279,7 @@ LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const v
     if (f.has_momentum)
         memcpy(momentum_buffer, at.momentum_buffer, momentum_bytes);
     step_batch((place){param, grad, momentum_buffer, at.index}, f, key, 1, s, k);
-    if (f.rule != LPSGD_RULE_REST)
+    if (k->rule != LPSGD_RULE_REST)
         memcpy(at.param, param, bytes);
     if (f.has_momentum)
         memcpy(at.momentum_buffer, momentum_buffer, momentum_bytes);
@@ -285,38 +290,13 @@ LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_s
     const lpsgd_buffer copy = *list, *const buffer = &copy; /* which no store changes */
     const vscalars s = vscalars_of(k);
     const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
-    int64_t i = 0;
-    while (i + batch <= buffer->numel) {
+    int n = 0; /* elements of the batch that is not stepped in the loop */
+    for (int64_t i = 0; i < buffer->numel; i += n) {
         while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, key, 0, &s, k))
             i += batch;
-        if (i + batch <= buffer->numel) {
-            step_batch(place_of(buffer, i, f), f, key, 1, &s, k);
-            i += batch;
-        }
-    }
-    if (i < buffer->numel)
-        step_rest(place_of(buffer, i, f), (int)(buffer->numel - i), f, key, &s, k);
-}
-
-LPSGD_VECTOR void step_rule(const lpsgd_buffer *buffer, form f, const lpsgd_scalars *k)
-{
-    switch (k->rule) {
-    case LPSGD_RULE_POWER:
-        f.rule = LPSGD_RULE_POWER;
-        step_all(buffer, f, k);
-        break;
-    case LPSGD_RULE_SIGN:
-        f.rule = LPSGD_RULE_SIGN;
-        step_all(buffer, f, k);
-        break;
-    case LPSGD_RULE_SGD:
-        f.rule = LPSGD_RULE_SGD;
-        step_all(buffer, f, k);
-        break;
-    case LPSGD_RULE_REST:
-        f.rule = LPSGD_RULE_REST;
-        step_all(buffer, f, k);
-        break;
+        n = buffer->numel - i < batch ? (int)(buffer->numel - i) : batch;
+        if (n)
+            step_with_care(place_of(buffer, i, f), n, f, key, &s, k);
     }
 }
 
@@ -324,11 +304,11 @@ LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype, i
                                 const lpsgd_scalars *k)
 {
     if (!buffer->momentum_buffer)
-        step_rule(buffer, (form){dtype, dtype, 0, stochastic, 0}, k);
+        step_all(buffer, (form){dtype, dtype, 0, stochastic}, k);
     else if (dtype != LPSGD_FLOAT32 && k->momentum_float32)
-        step_rule(buffer, (form){dtype, LPSGD_FLOAT32, 1, stochastic, 0}, k);
+        step_all(buffer, (form){dtype, LPSGD_FLOAT32, 1, stochastic}, k);
     else
-        step_rule(buffer, (form){dtype, dtype, 1, stochastic, 0}, k);
+        step_all(buffer, (form){dtype, dtype, 1, stochastic}, k);
 }
 
 LPSGD_VECTOR void step_float64(double *restrict param, const double *restrict grad,
