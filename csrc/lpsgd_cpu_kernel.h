@@ -13,7 +13,7 @@
 /* What distinguishes the loops: constants in each of them. */
 typedef struct form {
     lpsgd_dtype dtype, momentum_dtype; /* of param and grad, of momentum_buffer */
-    int has_momentum, stochastic;
+    int has_momentum;
 } form;
 
 /* The elements that are stepped at once, as float32. Where all that is read and written is bfloat16,
@@ -82,21 +82,28 @@ LPSGD_VECTOR vfloat power(vfloat y, int careful, const vscalars *s)
 }
 
 /* u, as lpsgd_direction has it. */
-LPSGD_VECTOR vfloat direction(vfloat x, vfloat y, lpsgd_rule rule, int careful,
-                              const vscalars *s)
+LPSGD_VECTOR pair direction(pair x, const vfloat y[2], lpsgd_rule rule, int careful,
+                            const vscalars *s)
 {
     const vfloat zero = {0.0f};
+    pair u = {{zero, zero}};
     switch (rule) {
     case LPSGD_RULE_SGD:
-        return x + zero;
+        for (int i = 0; i < 2; i++)
+            u.part[i] = x.part[i] + zero;
+        break;
     case LPSGD_RULE_SIGN:
-        return (vfloat)((vint)(x / y + zero) & (y != zero));
+        for (int i = 0; i < 2; i++)
+            u.part[i] = (vfloat)((vint)(x.part[i] / y[i] + zero) & (y[i] != zero));
+        break;
     case LPSGD_RULE_POWER:
-        return fma_each(x, power(y, careful, s), zero);
+        for (int i = 0; i < 2; i++)
+            u.part[i] = fma_each(x.part[i], power(y[i], careful, s), zero);
+        break;
     case LPSGD_RULE_REST:
         break;
     }
-    return zero;
+    return u;
 }
 
 LPSGD_TARGET __attribute__((noinline)) static float careful_direction(float x, const lpsgd_scalars *k)
@@ -200,16 +207,16 @@ LPSGD_VECTOR void store_vector(char *to, vfloat x, lpsgd_dtype dtype, int stocha
 }
 
 /* The random bits that are used are those from `shift` on. */
-LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[2], int shift,
-                        const form f)
+LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, int stochastic, const vuint random[2],
+                        int shift, const form f)
 {
     vuint random16[2], rounded[2];
     for (int i = 0; i < 2; i++) {
         random16[i] = random[i] >> shift & 0xffffu;
         if (is_interleaved(f))
-            rounded[i] = round_to_bfloat16(x.part[i], f.stochastic, random16[i]);
+            rounded[i] = round_to_bfloat16(x.part[i], stochastic, random16[i]);
         else
-            store_vector(to + i * lanes * size_of(dtype), x.part[i], dtype, f.stochastic,
+            store_vector(to + i * lanes * size_of(dtype), x.part[i], dtype, stochastic,
                          random16[i]);
     }
     if (is_interleaved(f)) {
@@ -218,10 +225,10 @@ LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[
     }
 }
 
-/* Steps a batch. Without `careful` returns whether one of its elements is out of the ordinary; then
- * nothing has been written. */
-LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, const vscalars *s,
-                            const lpsgd_scalars *k)
+/* Steps a batch by k's rule. Without `careful` returns whether one of its elements is out of the ordinary;
+ * then nothing has been written. */
+LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, uint64_t key, int careful,
+                            const vscalars *s, const lpsgd_scalars *k)
 {
     pair x = load(at.grad, f.dtype, f), m, param, u;
     vfloat y[2];
@@ -233,25 +240,24 @@ LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, c
         if (f.has_momentum)
             x.part[i] = fma_each(s->one_minus_momentum, x.part[i], s->momentum * m.part[i]);
         y[i] = (vfloat)((vint)x.part[i] & 0x7fffffff) + s->eps;
-        if (k->rule == LPSGD_RULE_POWER && !careful &&
+        if (rule == LPSGD_RULE_POWER && !careful &&
             __builtin_expect(any_unserved(y[i], &s->coarse), 0))
             return 1;
     }
-    for (int i = 0; i < 2; i++) {
-        u.part[i] = direction(x.part[i], y[i], k->rule, careful, s);
-        if (k->rule == LPSGD_RULE_POWER && careful)
-            u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
-        if (f.stochastic)
-            random[i] = random_each(key, at.index, i, f);
-    }
+    u = direction(x, y, rule, careful, s);
+    for (int i = 0; i < 2 && careful && rule == LPSGD_RULE_POWER; i++)
+        u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
+    const int stochastic = f.dtype == LPSGD_BFLOAT16 && k->stochastic_rounding;
+    for (int i = 0; i < 2 && stochastic; i++)
+        random[i] = random_each(key, at.index, i, f);
     if (f.has_momentum)
-        store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
-    if (k->rule == LPSGD_RULE_REST)
+        store(at.momentum_buffer, x, f.momentum_dtype, stochastic, random, 16, f);
+    if (rule == LPSGD_RULE_REST)
         return 0;
     param = load(at.param, f.dtype, f);
     for (int i = 0; i < 2; i++)
         param.part[i] = fma_each(s->step_size, u.part[i], s->decay * param.part[i]);
-    store(at.param, param, f.dtype, random, 0, f);
+    store(at.param, param, f.dtype, stochastic, random, 0, f);
     return 0;
 }
 
@@ -278,37 +284,49 @@ LPSGD_VECTOR void step_with_care(place at, int n, const form f, uint64_t key, co
     memcpy(grad, at.grad, bytes);
     if (f.has_momentum)
         memcpy(momentum_buffer, at.momentum_buffer, momentum_bytes);
-    step_batch((place){param, grad, momentum_buffer, at.index}, f, key, 1, s, k);
+    step_batch((place){param, grad, momentum_buffer, at.index}, f, k->rule, key, 1, s, k);
     if (k->rule != LPSGD_RULE_REST)
         memcpy(at.param, param, bytes);
     if (f.has_momentum)
         memcpy(at.momentum_buffer, momentum_buffer, momentum_bytes);
 }
 
+/* Steps batches from element i on up to the last whole one, or to one that has an element out of the
+ * ordinary. Returns where it has come to. */
+LPSGD_VECTOR int64_t step_batches(const lpsgd_buffer *buffer, int64_t i, const form f, lpsgd_rule rule,
+                                  uint64_t key, const vscalars *s, const lpsgd_scalars *k)
+{
+    while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, rule, key, 0, s, k))
+        i += batch;
+    return i;
+}
+
+/* The power has a loop of its own; the other rules are asked for at every batch. */
 LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_scalars *k)
 {
-    const lpsgd_buffer copy = *list, *const buffer = &copy; /* which no store changes */
+    const lpsgd_buffer copy = *list, *const b = &copy; /* which no store changes */
     const vscalars s = vscalars_of(k);
-    const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
-    int n = 0; /* elements of the batch that is not stepped in the loop */
-    for (int64_t i = 0; i < buffer->numel; i += n) {
-        while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, key, 0, &s, k))
-            i += batch;
-        n = buffer->numel - i < batch ? (int)(buffer->numel - i) : batch;
+    const uint64_t key = lpsgd_key(k->rounding_key, b->stream);
+    for (int64_t i = 0; i < b->numel;) {
+        if (k->rule == LPSGD_RULE_POWER)
+            i = step_batches(b, i, f, LPSGD_RULE_POWER, key, &s, k);
+        else
+            i = step_batches(b, i, f, k->rule, key, &s, k);
+        const int n = b->numel - i < batch ? (int)(b->numel - i) : batch;
         if (n)
-            step_with_care(place_of(buffer, i, f), n, f, key, &s, k);
+            step_with_care(place_of(b, i, f), n, f, key, &s, k);
+        i += n;
     }
 }
 
-LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype, int stochastic,
-                                const lpsgd_scalars *k)
+LPSGD_VECTOR void step_dtype(const lpsgd_buffer *buffer, lpsgd_dtype dtype, const lpsgd_scalars *k)
 {
     if (!buffer->momentum_buffer)
-        step_all(buffer, (form){dtype, dtype, 0, stochastic}, k);
+        step_all(buffer, (form){dtype, dtype, 0}, k);
     else if (dtype != LPSGD_FLOAT32 && k->momentum_float32)
-        step_all(buffer, (form){dtype, LPSGD_FLOAT32, 1, stochastic}, k);
+        step_all(buffer, (form){dtype, LPSGD_FLOAT32, 1}, k);
     else
-        step_all(buffer, (form){dtype, dtype, 1, stochastic}, k);
+        step_all(buffer, (form){dtype, dtype, 1}, k);
 }
 
 LPSGD_VECTOR void step_float64(double *restrict param, const double *restrict grad,
@@ -330,16 +348,13 @@ LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
     void *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
     switch (dtype) {
     case LPSGD_FLOAT32:
-        step_momentum(buffer, LPSGD_FLOAT32, 0, k);
+        step_dtype(buffer, LPSGD_FLOAT32, k);
         break;
     case LPSGD_BFLOAT16:
-        if (k->stochastic_rounding)
-            step_momentum(buffer, LPSGD_BFLOAT16, 1, k);
-        else
-            step_momentum(buffer, LPSGD_BFLOAT16, 0, k);
+        step_dtype(buffer, LPSGD_BFLOAT16, k);
         break;
     case LPSGD_FLOAT16:
-        step_momentum(buffer, LPSGD_FLOAT16, 0, k);
+        step_dtype(buffer, LPSGD_FLOAT16, k);
         break;
     case LPSGD_FLOAT64:
         if (k->rule == LPSGD_RULE_SGD)
