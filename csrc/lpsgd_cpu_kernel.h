@@ -26,15 +26,25 @@ typedef struct pair {
 
 enum {
     batch = 2 * lanes,
+    bytes_block = 64, /* elements that share the hashes of lpsgd_random_byte */
     low_part = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__, /* of a bfloat16 in the lower half of 32 bits */
 };
 
 /* The step's scalars in vectors. */
 typedef struct vscalars {
     vfloat momentum, one_minus_momentum, grad_factor, decay, step_size, eps, series[5];
+    vfloat momentum_scale, momentum_unscale;
     table8 fine, reciprocal, root;
     table32 coarse;
 } vscalars;
+
+/* The random bits of a buffer. Bytes are made for a block of elements at a time, which a batch of them
+ * does not leave, as it begins at a multiple of its size. */
+typedef struct noise {
+    uint64_t key, byte_key;
+    uint64_t block; /* whose bytes are there: elements from bytes_block * block on */
+    uint16_t bytes[bytes_block];
+} noise;
 
 /* A batch's place in the buffer. */
 typedef struct place {
@@ -54,6 +64,8 @@ LPSGD_VECTOR vscalars vscalars_of(const lpsgd_scalars *k)
         .decay = splat(k->decay),
         .step_size = splat(k->step_size),
         .eps = splat(k->eps),
+        .momentum_scale = splat(k->momentum_scale),
+        .momentum_unscale = splat(k->momentum_unscale),
         .fine = table8_of(tables->fine),
         .reciprocal = table8_of(tables->reciprocal),
         .root = table8_of(tables->root),
@@ -122,17 +134,16 @@ LPSGD_VECTOR int is_interleaved(const form f)
 
 LPSGD_VECTOR int size_of(lpsgd_dtype dtype)
 {
-    return dtype == LPSGD_FLOAT32 ? 4 : 2;
+    return dtype == LPSGD_FLOAT32 ? 4 : dtype == LPSGD_FLOAT8_E5M2 ? 1 : 2;
 }
 
-/* lpsgd_random for a part of the elements from `index` on. */
-LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index, int part, const form f)
+/* lpsgd_random for the numbers first, first + by, ... */
+LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t first, int by)
 {
     vuint low, high;
     for (int i = 0; i < lanes; i++) {
-        const int number = is_interleaved(f) ? 2 * i + part : part * lanes + i;
-        low[i] = (uint32_t)(index + (uint64_t)number);
-        high[i] = (uint32_t)((index + (uint64_t)number) >> 32);
+        low[i] = (uint32_t)(first + (uint64_t)(by * i));
+        high[i] = (uint32_t)((first + (uint64_t)(by * i)) >> 32);
     }
     vuint x = low ^ (uint32_t)key;
     x = (x ^ x >> 17) * 0xed5ad4bbu;
@@ -140,6 +151,24 @@ LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index, int part, const for
     x = (x ^ x >> 11) * 0xac4c1b51u;
     x = (x ^ x >> 15) * 0x31848babu;
     return x ^ x >> 14;
+}
+
+/* Makes the bytes of the block that has this element, if they are not there: lpsgd_random_byte's, each
+ * hash's in four places 16 elements apart. */
+LPSGD_VECTOR void make_bytes(noise *random, uint64_t index)
+{
+    const uint64_t block = index / bytes_block;
+    if (block == random->block)
+        return;
+    random->block = block;
+    for (int i = 0; i < 16; i += lanes) {
+        const vuint hash = random_each(random->byte_key, 16 * block + (uint64_t)i, 1);
+        const vhalf low = __builtin_convertvector(hash, vhalf);
+        const vhalf high = __builtin_convertvector(hash >> 16, vhalf);
+        const vhalf bytes[4] = {low & 0xff, low >> 8, high & 0xff, high >> 8};
+        for (int j = 0; j < 4; j++)
+            memcpy(random->bytes + 16 * j + i, &bytes[j], sizeof bytes[j]);
+    }
 }
 
 LPSGD_VECTOR vfloat load_vector(const char *from, lpsgd_dtype dtype)
@@ -150,6 +179,14 @@ LPSGD_VECTOR vfloat load_vector(const char *from, lpsgd_dtype dtype)
     memcpy(&h, from, sizeof h);
     return dtype == LPSGD_FLOAT16 ? from_float16(h)
                                   : (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+/* lpsgd_momentum_of_float8. */
+LPSGD_VECTOR vfloat load_float8(const char *from, const vscalars *s)
+{
+    vbyte b;
+    memcpy(&b, from, sizeof b);
+    return from_float16(__builtin_convertvector(b, vhalf) << 8) * s->momentum_unscale;
 }
 
 LPSGD_VECTOR pair load(const char *from, lpsgd_dtype dtype, const form f)
@@ -179,6 +216,19 @@ LPSGD_VECTOR vhalf round_to_float16(vfloat x)
 {
     const vhalf h = to_float16(x), is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
     return (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
+}
+
+/* lpsgd_momentum_to_float8. */
+LPSGD_VECTOR void store_float8(char *to, vfloat x, const uint16_t *random, const vscalars *s)
+{
+    vhalf random8;
+    memcpy(&random8, random, sizeof random8);
+    const vhalf h = to_float16(x * s->momentum_scale), magnitude = h & 0x7fff;
+    const vhalf is_nan = (vhalf)(magnitude > 0x7c00), sum = magnitude + random8;
+    const vhalf is_huge = (vhalf)(sum > 0x7bff);
+    const vhalf rounded = (sum & ~is_huge) | (0x7bff & is_huge & ~is_nan) | (0x7e00 & is_nan);
+    const vbyte b = __builtin_convertvector((rounded | (h & 0x8000)) >> 8, vbyte);
+    memcpy(to, &b, sizeof b);
 }
 
 LPSGD_VECTOR void store_vector(char *to, vfloat x, lpsgd_dtype dtype, int stochastic,
@@ -214,16 +264,37 @@ LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[
     }
 }
 
+/* The momentum buffer's. */
+LPSGD_VECTOR pair load_momentum(const char *from, const form f, const vscalars *s)
+{
+    if (f.momentum_dtype != LPSGD_FLOAT8_E5M2)
+        return load(from, f.momentum_dtype, f);
+    return (pair){{load_float8(from, s), load_float8(from + lanes, s)}};
+}
+
+LPSGD_VECTOR void store_momentum(place at, pair x, const vuint random[2], noise *bytes, const form f,
+                                 const vscalars *s)
+{
+    if (f.momentum_dtype != LPSGD_FLOAT8_E5M2) {
+        store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
+        return;
+    }
+    make_bytes(bytes, at.index);
+    for (int i = 0; i < 2; i++)
+        store_float8(at.momentum_buffer + i * lanes, x.part[i],
+                     bytes->bytes + at.index % bytes_block + i * lanes, s);
+}
+
 /* Steps a batch. Without `careful` returns whether one of its elements is out of the ordinary; then
  * nothing has been written. */
-LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, const vscalars *s,
+LPSGD_VECTOR int step_batch(place at, const form f, noise *bits, int careful, const vscalars *s,
                             const lpsgd_scalars *k)
 {
     pair x = load(at.grad, f.dtype, f), m, param, u;
     vfloat y[2];
     vuint random[2] = {{0}, {0}};
     if (f.has_momentum)
-        m = load(at.momentum_buffer, f.momentum_dtype, f);
+        m = load_momentum(at.momentum_buffer, f, s);
     for (int i = 0; i < 2; i++) {
         x.part[i] *= s->grad_factor;
         if (f.has_momentum)
@@ -237,11 +308,13 @@ LPSGD_VECTOR int step_batch(place at, const form f, uint64_t key, int careful, c
         u.part[i] = direction(x.part[i], y[i], f.rule, careful, s);
         if (f.rule == LPSGD_RULE_POWER && careful)
             u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
-        if (f.stochastic)
-            random[i] = random_each(key, at.index, i, f);
+        if (f.stochastic && is_interleaved(f))
+            random[i] = random_each(bits->key, at.index + (uint64_t)i, 2);
+        else if (f.stochastic)
+            random[i] = random_each(bits->key, at.index + (uint64_t)(i * lanes), 1);
     }
     if (f.has_momentum)
-        store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
+        store_momentum(at, x, random, bits, f, s);
     if (f.rule == LPSGD_RULE_REST)
         return 0;
     param = load(at.param, f.dtype, f);
@@ -262,40 +335,48 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
     };
 }
 
-/* The last elements, fewer than a batch, by way of a whole one. */
-LPSGD_VECTOR void step_rest(place at, int n, const form f, uint64_t key, const vscalars *s,
-                            const lpsgd_scalars *k)
+/* Fewer elements than a batch, by way of a whole one, in which they come after `skip` others. */
+LPSGD_VECTOR void step_few(place at, int skip, int n, const form f, noise *bits, const vscalars *s,
+                           const lpsgd_scalars *k)
 {
     char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
-    const size_t bytes = (size_t)(n * size_of(f.dtype));
+    const size_t bytes = (size_t)(n * size_of(f.dtype)), from = (size_t)(skip * size_of(f.dtype));
     const size_t momentum_bytes = (size_t)(n * size_of(f.momentum_dtype));
-    memcpy(param, at.param, bytes);
-    memcpy(grad, at.grad, bytes);
+    const size_t momentum_from = (size_t)(skip * size_of(f.momentum_dtype));
+    memcpy(param + from, at.param, bytes);
+    memcpy(grad + from, at.grad, bytes);
     if (f.has_momentum)
-        memcpy(momentum_buffer, at.momentum_buffer, momentum_bytes);
-    step_batch((place){param, grad, momentum_buffer, at.index}, f, key, 1, s, k);
+        memcpy(momentum_buffer + momentum_from, at.momentum_buffer, momentum_bytes);
+    step_batch((place){param, grad, momentum_buffer, at.index - (uint64_t)skip}, f, bits, 1, s, k);
     if (f.rule != LPSGD_RULE_REST)
-        memcpy(at.param, param, bytes);
+        memcpy(at.param, param + from, bytes);
     if (f.has_momentum)
-        memcpy(at.momentum_buffer, momentum_buffer, momentum_bytes);
+        memcpy(at.momentum_buffer, momentum_buffer + momentum_from, momentum_bytes);
 }
 
 LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_scalars *k)
 {
     const lpsgd_buffer copy = *list, *const buffer = &copy; /* which no store changes */
     const vscalars s = vscalars_of(k);
-    const uint64_t key = lpsgd_key(k->rounding_key, buffer->stream);
+    noise bits = {.key = lpsgd_key(k->rounding_key, buffer->stream),
+                  .byte_key = lpsgd_byte_key(k->rounding_key, buffer->stream),
+                  .block = UINT64_MAX};
     int64_t i = 0;
+    if (f.momentum_dtype == LPSGD_FLOAT8_E5M2 && buffer->index % batch) {
+        const int skip = (int)(buffer->index % batch), left = batch - skip;
+        i = buffer->numel < left ? buffer->numel : left;
+        step_few(place_of(buffer, 0, f), skip, (int)i, f, &bits, &s, k);
+    }
     while (i + batch <= buffer->numel) {
-        while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, key, 0, &s, k))
+        while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, &bits, 0, &s, k))
             i += batch;
         if (i + batch <= buffer->numel) {
-            step_batch(place_of(buffer, i, f), f, key, 1, &s, k);
+            step_batch(place_of(buffer, i, f), f, &bits, 1, &s, k);
             i += batch;
         }
     }
     if (i < buffer->numel)
-        step_rest(place_of(buffer, i, f), (int)(buffer->numel - i), f, key, &s, k);
+        step_few(place_of(buffer, i, f), 0, (int)(buffer->numel - i), f, &bits, &s, k);
 }
 
 LPSGD_VECTOR void step_rule(const lpsgd_buffer *buffer, form f, const lpsgd_scalars *k)
@@ -320,15 +401,29 @@ LPSGD_VECTOR void step_rule(const lpsgd_buffer *buffer, form f, const lpsgd_scal
     }
 }
 
-LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype, int stochastic,
+LPSGD_VECTOR void step_rounding(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
+                                lpsgd_dtype momentum_dtype, int has_momentum, const lpsgd_scalars *k)
+{
+    const int rounds = dtype == LPSGD_BFLOAT16 || momentum_dtype == LPSGD_BFLOAT16;
+    if (rounds && k->stochastic_rounding)
+        step_rule(buffer, (form){dtype, momentum_dtype, has_momentum, 1, 0}, k);
+    else
+        step_rule(buffer, (form){dtype, momentum_dtype, has_momentum, 0, 0}, k);
+}
+
+LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
                                 const lpsgd_scalars *k)
 {
     if (!buffer->momentum_buffer)
-        step_rule(buffer, (form){dtype, dtype, 0, stochastic, 0}, k);
-    else if (dtype != LPSGD_FLOAT32 && k->momentum_float32)
-        step_rule(buffer, (form){dtype, LPSGD_FLOAT32, 1, stochastic, 0}, k);
-    else
-        step_rule(buffer, (form){dtype, dtype, 1, stochastic, 0}, k);
+        step_rounding(buffer, dtype, dtype, 0, k);
+    else if (k->momentum_dtype == LPSGD_FLOAT32)
+        step_rounding(buffer, dtype, LPSGD_FLOAT32, 1, k);
+    else if (k->momentum_dtype == LPSGD_BFLOAT16)
+        step_rounding(buffer, dtype, LPSGD_BFLOAT16, 1, k);
+    else if (k->momentum_dtype == LPSGD_FLOAT8_E5M2)
+        step_rounding(buffer, dtype, LPSGD_FLOAT8_E5M2, 1, k);
+    else if (dtype == LPSGD_FLOAT16)
+        step_rounding(buffer, dtype, LPSGD_FLOAT16, 1, k);
 }
 
 LPSGD_VECTOR void step_float64(double *restrict param, const double *restrict grad,
@@ -350,22 +445,21 @@ LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
     void *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
     switch (dtype) {
     case LPSGD_FLOAT32:
-        step_momentum(buffer, LPSGD_FLOAT32, 0, k);
+        step_momentum(buffer, LPSGD_FLOAT32, k);
         break;
     case LPSGD_BFLOAT16:
-        if (k->stochastic_rounding)
-            step_momentum(buffer, LPSGD_BFLOAT16, 1, k);
-        else
-            step_momentum(buffer, LPSGD_BFLOAT16, 0, k);
+        step_momentum(buffer, LPSGD_BFLOAT16, k);
         break;
     case LPSGD_FLOAT16:
-        step_momentum(buffer, LPSGD_FLOAT16, 0, k);
+        step_momentum(buffer, LPSGD_FLOAT16, k);
         break;
     case LPSGD_FLOAT64:
         if (k->rule == LPSGD_RULE_SGD)
             step_float64(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_RULE_SGD, k);
         else
             step_float64(param, buffer->grad, momentum_buffer, buffer->numel, k->rule, k);
+        break;
+    case LPSGD_FLOAT8_E5M2:
         break;
     }
 }

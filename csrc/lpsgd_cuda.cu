@@ -33,6 +33,11 @@ LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16, lpsgd_cuda_bfloat16_few)
 LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16, lpsgd_cuda_float16_few)
 LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16_wide, lpsgd_cuda_bfloat16_wide_few)
 LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_wide, lpsgd_cuda_float16_wide_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32_half, lpsgd_cuda_float32_half_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_half, lpsgd_cuda_float16_half_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32_byte, lpsgd_cuda_float32_byte_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16_byte, lpsgd_cuda_bfloat16_byte_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_byte, lpsgd_cuda_float16_byte_few)
 
 extern "C" __global__ void lpsgd_cuda_fold_scalars(const __grid_constant__ lpsgd_cuda_fold_arguments a)
 {
