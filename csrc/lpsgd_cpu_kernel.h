@@ -140,14 +140,15 @@ LPSGD_VECTOR int size_of(lpsgd_dtype dtype)
 /* lpsgd_random for the numbers first, first + by, ... */
 LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t first, int by)
 {
-    vuint low, high;
-    for (int i = 0; i < lanes; i++) {
-        low[i] = (uint32_t)(first + (uint64_t)(by * i));
-        high[i] = (uint32_t)((first + (uint64_t)(by * i)) >> 32);
-    }
+    const uint32_t high = (uint32_t)(key >> 32) + (uint32_t)(first >> 32) * 0x9e3779b9u;
+    vuint low;
+    for (int i = 0; i < lanes; i++)
+        low[i] = (uint32_t)(by * i);
+    low += (uint32_t)first;
+    const vuint carries = (vuint)(low < (uint32_t)first);
     vuint x = low ^ (uint32_t)key;
     x = (x ^ x >> 17) * 0xed5ad4bbu;
-    x ^= (uint32_t)(key >> 32) + high * 0x9e3779b9u;
+    x ^= high + (carries & 0x9e3779b9u);
     x = (x ^ x >> 11) * 0xac4c1b51u;
     x = (x ^ x >> 15) * 0x31848babu;
     return x ^ x >> 14;
@@ -181,14 +182,6 @@ LPSGD_VECTOR vfloat load_vector(const char *from, lpsgd_dtype dtype)
                                   : (vfloat)(__builtin_convertvector(h, vuint) << 16);
 }
 
-/* lpsgd_momentum_of_float8. */
-LPSGD_VECTOR vfloat load_float8(const char *from, const vscalars *s)
-{
-    vbyte b;
-    memcpy(&b, from, sizeof b);
-    return from_float16(__builtin_convertvector(b, vhalf) << 8) * s->momentum_unscale;
-}
-
 LPSGD_VECTOR pair load(const char *from, lpsgd_dtype dtype, const form f)
 {
     pair x;
@@ -216,19 +209,6 @@ LPSGD_VECTOR vhalf round_to_float16(vfloat x)
 {
     const vhalf h = to_float16(x), is_nan = (vhalf)((h & 0x7fff) > 0x7c00);
     return (h & ~is_nan) | (((h & 0x8000) | 0x7e00) & is_nan);
-}
-
-/* lpsgd_momentum_to_float8. */
-LPSGD_VECTOR void store_float8(char *to, vfloat x, const uint16_t *random, const vscalars *s)
-{
-    vhalf random8;
-    memcpy(&random8, random, sizeof random8);
-    const vhalf h = to_float16(x * s->momentum_scale), magnitude = h & 0x7fff;
-    const vhalf is_nan = (vhalf)(magnitude > 0x7c00), sum = magnitude + random8;
-    const vhalf is_huge = (vhalf)(sum > 0x7bff);
-    const vhalf rounded = (sum & ~is_huge) | (0x7bff & is_huge & ~is_nan) | (0x7e00 & is_nan);
-    const vbyte b = __builtin_convertvector((rounded | (h & 0x8000)) >> 8, vbyte);
-    memcpy(to, &b, sizeof b);
 }
 
 LPSGD_VECTOR void store_vector(char *to, vfloat x, lpsgd_dtype dtype, int stochastic,
@@ -264,25 +244,24 @@ LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[
     }
 }
 
-/* The momentum buffer's. */
+/* Of float8_e5m2 as lpsgd_momentum_of_float8 and lpsgd_momentum_to_float8 have it. */
 LPSGD_VECTOR pair load_momentum(const char *from, const form f, const vscalars *s)
 {
     if (f.momentum_dtype != LPSGD_FLOAT8_E5M2)
         return load(from, f.momentum_dtype, f);
-    return (pair){{load_float8(from, s), load_float8(from + lanes, s)}};
+    return (pair){{load_float8(from) * s->momentum_unscale,
+                   load_float8(from + lanes) * s->momentum_unscale}};
 }
 
-LPSGD_VECTOR void store_momentum(place at, pair x, const vuint random[2], noise *bytes, const form f,
-                                 const vscalars *s)
+LPSGD_VECTOR void store_momentum(place at, pair x, const vuint random[2], const noise *bits,
+                                 const form f, const vscalars *s)
 {
     if (f.momentum_dtype != LPSGD_FLOAT8_E5M2) {
         store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
         return;
     }
-    make_bytes(bytes, at.index);
-    for (int i = 0; i < 2; i++)
-        store_float8(at.momentum_buffer + i * lanes, x.part[i],
-                     bytes->bytes + at.index % bytes_block + i * lanes, s);
+    store_float8(at.momentum_buffer, x.part[0] * s->momentum_scale,
+                 x.part[1] * s->momentum_scale, bits->bytes + at.index % bytes_block);
 }
 
 /* Steps a batch. Without `careful` returns whether one of its elements is out of the ordinary; then
@@ -295,6 +274,8 @@ LPSGD_VECTOR int step_batch(place at, const form f, noise *bits, int careful, co
     vuint random[2] = {{0}, {0}};
     if (f.has_momentum)
         m = load_momentum(at.momentum_buffer, f, s);
+    if (f.momentum_dtype == LPSGD_FLOAT8_E5M2) /* now, long before they are loaded */
+        make_bytes(bits, at.index);
     for (int i = 0; i < 2; i++) {
         x.part[i] *= s->grad_factor;
         if (f.has_momentum)

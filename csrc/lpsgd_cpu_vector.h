@@ -15,7 +15,6 @@ typedef float vfloat __attribute__((vector_size(4 * LPSGD_LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LPSGD_LANES)));
 typedef uint32_t vuint __attribute__((vector_size(4 * LPSGD_LANES)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * LPSGD_LANES)));
-typedef uint8_t vbyte __attribute__((vector_size(LPSGD_LANES)));
 
 /* By its bits: where C computes float as double, as for s390x, a scalar would not go with a vector. */
 LPSGD_VECTOR vfloat splat(float x)
