@@ -201,7 +201,7 @@ LPSGD_INLINE lpsgd_cuda_random lpsgd_cuda_random_of(const lpsgd_cuda_tensor *t, 
     lpsgd_cuda_random random = {0, 0};
     if (rounds && k->stochastic_rounding)
         random.bits = lpsgd_random(t->key, index);
-    if (momentum_dtype == LPSGD_FLOAT8_E5M2 && t->momentum_buffer)
+    if (momentum_dtype == LPSGD_FLOAT8_E5M2)
         random.byte = lpsgd_random_byte(t->byte_key, index);
     return random;
 }
@@ -363,10 +363,9 @@ LPSGD_INLINE void lpsgd_cuda_single(lpsgd_dtype dtype, lpsgd_dtype momentum_dtyp
 {
     const lpsgd_cuda_random of_momentum = {random.bits >> 16, random.byte};
     float x = lpsgd_grad(lpsgd_cuda_load(dtype, grad, k), k);
-    if (has_momentum) {
+    if (has_momentum)
         x = lpsgd_momentum(lpsgd_cuda_load(momentum_dtype, m, k), x, k);
-        lpsgd_cuda_store(momentum_dtype, m, x, of_momentum, k);
-    }
+    lpsgd_cuda_store(momentum_dtype, m, x, of_momentum, k); /* nowhere, for LPSGD */
     if (rule != LPSGD_RULE_REST) {
         const float u = lpsgd_direction(x, rule, tables, k);
         lpsgd_cuda_store(dtype, param, lpsgd_apply(lpsgd_cuda_load(dtype, param, k), u, k), random,

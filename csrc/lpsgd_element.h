@@ -389,14 +389,26 @@ LPSGD_INLINE uint16_t lpsgd_to_float16(float x)
 /* float8_e5m2 is the upper half of a float16. */
 LPSGD_INLINE float lpsgd_from_float8(uint8_t b)
 {
+#ifdef __CUDA_ARCH__ /* in one instruction what takes 30 */
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((uint16_t)(b << 8)));
+    return x;
+#else
     return lpsgd_from_float16((uint16_t)(b << 8));
+#endif
 }
 
 /* Rounded to float16, and from there stochastically by 8 random bits: mean exactly that float16.
  * Saturates. */
 LPSGD_INLINE uint8_t lpsgd_to_float8_stochastic(float x, uint32_t random8)
 {
-    const uint32_t h = lpsgd_to_float16(x), magnitude = h & 0x7fffu;
+#ifdef __CUDA_ARCH__
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+#else
+    const uint16_t half = lpsgd_to_float16(x);
+#endif
+    const uint32_t h = half, magnitude = h & 0x7fffu;
     uint32_t rounded = magnitude + random8;
     rounded = rounded > 0x7bffu ? 0x7bffu : rounded;
     rounded = magnitude > 0x7c00u ? 0x7e00u : rounded;

@@ -33,6 +33,11 @@ KERNELS = {
     "lpsgd_cuda_float16": (2, 2),
     "lpsgd_cuda_bfloat16_wide": (2, 4),
     "lpsgd_cuda_float16_wide": (2, 4),
+    "lpsgd_cuda_float32_half": (4, 2),
+    "lpsgd_cuda_float16_half": (2, 2),
+    "lpsgd_cuda_float32_byte": (4, 1),
+    "lpsgd_cuda_bfloat16_byte": (2, 1),
+    "lpsgd_cuda_float16_byte": (2, 1),
 }
 
 
