@@ -362,15 +362,16 @@ LPSGD_INLINE void lpsgd_cuda_single(lpsgd_dtype dtype, lpsgd_dtype momentum_dtyp
                                     const lpsgd_scalars *k)
 {
     const lpsgd_cuda_random of_momentum = {random.bits >> 16, random.byte};
+    float wide = lpsgd_cuda_load(momentum_dtype, m, k); /* 0 and unused, for LPSGD */
+    const float before = lpsgd_cuda_load(dtype, param, k);
     float x = lpsgd_grad(lpsgd_cuda_load(dtype, grad, k), k);
     if (has_momentum)
-        x = lpsgd_momentum(lpsgd_cuda_load(momentum_dtype, m, k), x, k);
-    lpsgd_cuda_store(momentum_dtype, m, x, of_momentum, k); /* nowhere, for LPSGD */
+        wide = x = lpsgd_momentum(wide, x, k);
     if (rule != LPSGD_RULE_REST) {
         const float u = lpsgd_direction(x, rule, tables, k);
-        lpsgd_cuda_store(dtype, param, lpsgd_apply(lpsgd_cuda_load(dtype, param, k), u, k), random,
-                         k);
+        lpsgd_cuda_store(dtype, param, lpsgd_apply(before, u, k), random, k);
     }
+    lpsgd_cuda_store(momentum_dtype, m, wide, of_momentum, k);
 }
 
 LPSGD_CUDA_WORK(lpsgd_cuda_float32, float, float, lpsgd_cuda_single, LPSGD_FLOAT32, LPSGD_FLOAT32)

@@ -262,7 +262,7 @@ PIPES = {
         64,
         {
             *("IADD3", "VIADD", "ISETP", "LEA", "LOP3", "MOV", "PLOP3", "PRMT", "SEL", "SHF"),
-            *("FSEL", "FSETP", "F2FP", "I2FP", "CS2R", "P2R"),
+            *("VIADDMNMX", "FSEL", "FSETP", "F2FP", "I2FP", "CS2R", "P2R"),
         },
     ),
     "FP64": (64, {"DADD", "DMUL", "DFMA", "DSETP"}),
