@@ -20,12 +20,28 @@
  * whose |m| + eps is zero has u = 0. NaN stays NaN, and infinities follow IEEE arithmetic. Where
  * u = 0 without decay, and everywhere for lr = 0, x keeps its bits, -0.0 included; m moves at lr = 0.
  *
- * Low precision. bfloat16 and float16 parameters may have a float32 momentum_buffer. bfloat16 may be
- * rounded stochastically: up or down with probabilities that make the mean exact, so that updates
- * below half a unit in the last place are not lost. The random bits are a function of (seed, step,
- * stream, index of the element) alone, so they too do not depend on threads or on the cutting.
+ * Low precision. The momentum_buffer may have a dtype of its own:
  *
- * The contract of bits. For float32, bfloat16 and float16 (computed in float32, one rounding on
+ *     param       momentum_buffer
+ *     float32     float32, bfloat16, float8_e5m2
+ *     bfloat16    float32, bfloat16, float8_e5m2
+ *     float16     float32, bfloat16, float16, float8_e5m2
+ *     float64     float64
+ *
+ * bfloat16, of either, may be rounded stochastically: up or down with probabilities that make the mean
+ * exact, so that updates below half a unit in the last place are not lost.
+ *
+ * A momentum_buffer of float8_e5m2 takes one byte (1 sign, 5 exponent and 2 mantissa bits, subnormal
+ * numbers included), and holds m * 2^momentum_exponent, which is always rounded stochastically: a
+ * quantum is 12 to 25 % of m, so that to the nearest momentum * m would often be m again. Beyond
+ * +-57344, its largest number, it saturates; it never becomes infinite. NaN and the sign of zero stay.
+ * u and x follow from m before it is rounded. 15 is a good exponent for most models: normal numbers go
+ * from 2^-29 to 1.75 then, subnormal ones down to 2^-31.
+ *
+ * The random bits are a function of (seed, step, stream, index of the element) alone, so they too do
+ * not depend on threads or on the cutting. Those of float8_e5m2 are independent of bfloat16's.
+ *
+ * The contract of bits. For all dtypes but float64 (computed in float32, one rounding on
  * store) the same inputs give the same bits on every instruction set, for every number of threads
  * and for every way of cutting a buffer in pieces; (|m| + eps)^-rho is within 4 ulp. Two things lie
  * outside it: the sign and payload of a NaN, and the last bit of c where pivot is not 1, for which
@@ -47,12 +63,13 @@ extern "C" {
 
 #define LPSGD_VERSION "0.1.0"
 
-/* Element type of param and grad, and of momentum_buffer except where said otherwise. */
+/* Element type of param and grad, or of momentum_buffer. */
 typedef enum lpsgd_dtype {
     LPSGD_FLOAT32,
     LPSGD_FLOAT64,
     LPSGD_BFLOAT16,
-    LPSGD_FLOAT16
+    LPSGD_FLOAT16,
+    LPSGD_FLOAT8_E5M2 /* of momentum_buffer alone */
 } lpsgd_dtype;
 
 /* What a step answers. LPSGD_OK is 0; after any other value nothing has been written. */
@@ -65,6 +82,7 @@ typedef enum lpsgd_status {
     LPSGD_ERROR_EPS,
     LPSGD_ERROR_PIVOT,
     LPSGD_ERROR_GRAD_SCALE,
+    LPSGD_ERROR_MOMENTUM_EXPONENT,
     LPSGD_ERROR_DTYPE,
     LPSGD_ERROR_NUMEL,
     LPSGD_ERROR_NULL,
@@ -85,12 +103,14 @@ typedef struct lpsgd_hyper {
     double pivot;        /* where |u| = 1 for every p: 0 < pivot < INFINITY; 1 is the paper */
     double grad_scale;   /* g = grad * (float)(1 / grad_scale), 0 < grad_scale < INFINITY; 1: none */
     int maximize;        /* 0: descend; otherwise ascend: grad counts as -grad */
-    int momentum_float32;    /* otherwise than 0: momentum_buffer of bfloat16 and float16 is float32 */
-    int stochastic_rounding; /* otherwise than 0: bfloat16 results are rounded stochastically, by */
-    uint64_t seed, step;     /* these, which should differ between runs and between steps */
+    lpsgd_dtype momentum_dtype; /* of momentum_buffer; lpsgd_step reads neither this */
+    int momentum_exponent;      /* nor this: float8_e5m2 holds m * 2^this; -126 to 126 */
+    int stochastic_rounding;    /* otherwise than 0: bfloat16 results are rounded stochastically */
+    uint64_t seed, step;        /* of the random bits: should differ between runs and between steps */
 } lpsgd_hyper;
 
-/* The first of the ranges above that hyper is outside of, momentum included; LPSGD_OK if none. */
+/* The first of the ranges above that hyper is outside of, momentum's included; LPSGD_OK if none. Which
+ * dtypes go together is a step's matter. */
 lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper);
 
 /* One parameter of the list: borrowed pointers to numel contiguous elements each, aligned to the
@@ -100,13 +120,15 @@ typedef struct lpsgd_buffer {
     const void *grad;      /* read */
     void *momentum_buffer; /* read and written by lpsgdm_step; unused by lpsgd_step (may be NULL) */
     int64_t numel;         /* >= 0; pointers of an empty buffer are not looked at */
-    /* Looked at by stochastic rounding alone: the parameter's number in the model, and the index in
+    /* Of the random bits: the parameter's number in the model, and the index in
      * that parameter of the buffer's first element, for a buffer that is a piece of it. */
     uint64_t stream, index;
 } lpsgd_buffer;
 
-/* One step over a list of count buffers, which share dtype and hyper-parameters.
+/* One step over a list of count buffers, which share dtypes and hyper-parameters.
  *
+ * dtype: of param and grad. One that is none, or that does not go with hyper's momentum_dtype, is
+ * LPSGD_ERROR_DTYPE.
  * hyper: not NULL.
  * num_threads: most threads to use; 1 runs in the calling thread, < 1 takes OpenMP's number. Small
  * lists run in the calling thread whatever it says, and so does every step in a build without

@@ -90,21 +90,33 @@ int64_t lpsgd_itemsize(lpsgd_dtype dtype)
     case LPSGD_BFLOAT16:
     case LPSGD_FLOAT16:
         return 2;
+    case LPSGD_FLOAT8_E5M2:
+        return 1;
     }
     return 0;
 }
 
-static int64_t momentum_itemsize(lpsgd_dtype dtype, const lpsgd_scalars *k)
+/* Whether a parameter of dtype may have a momentum_buffer of momentum_dtype. */
+static int goes_with(lpsgd_dtype dtype, lpsgd_dtype momentum_dtype)
 {
-    const int half = dtype == LPSGD_BFLOAT16 || dtype == LPSGD_FLOAT16;
-    return half && k->momentum_float32 ? 4 : lpsgd_itemsize(dtype);
+    switch (momentum_dtype) {
+    case LPSGD_FLOAT32:
+    case LPSGD_BFLOAT16:
+    case LPSGD_FLOAT8_E5M2:
+        return dtype != LPSGD_FLOAT64;
+    case LPSGD_FLOAT64:
+    case LPSGD_FLOAT16:
+        return dtype == momentum_dtype;
+    }
+    return 0;
 }
 
 lpsgd_status lpsgd_check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dtype dtype,
                               int has_momentum, const lpsgd_scalars *k, int64_t *total)
 {
-    const int64_t size = lpsgd_itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
-    if (!size)
+    const int64_t size = lpsgd_itemsize(dtype), momentum_size = lpsgd_itemsize(k->momentum_dtype);
+    const int64_t most = has_momentum && momentum_size > size ? momentum_size : size;
+    if (!size || dtype == LPSGD_FLOAT8_E5M2 || (has_momentum && !goes_with(dtype, k->momentum_dtype)))
         return LPSGD_ERROR_DTYPE;
     if (count < 0)
         return LPSGD_ERROR_NUMEL;
@@ -113,16 +125,15 @@ lpsgd_status lpsgd_check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dty
     *total = 0;
     for (int64_t i = 0; i < count; i++) {
         const lpsgd_buffer *b = &list[i];
-        if (b->numel < 0 || b->numel > INT64_MAX / momentum_size - *total)
+        if (b->numel < 0 || b->numel > INT64_MAX / most - *total)
             return LPSGD_ERROR_NUMEL;
         *total += b->numel;
         if (!b->numel)
             continue;
         if (!b->param || !b->grad || (has_momentum && !b->momentum_buffer))
             return LPSGD_ERROR_NULL;
-        const uintptr_t momentum_buffer = has_momentum ? (uintptr_t)b->momentum_buffer : 0;
         if (((uintptr_t)b->param | (uintptr_t)b->grad) % (uintptr_t)size ||
-            momentum_buffer % (uintptr_t)momentum_size)
+            (has_momentum && (uintptr_t)b->momentum_buffer % (uintptr_t)momentum_size))
             return LPSGD_ERROR_ALIGNMENT;
     }
     return LPSGD_OK;
@@ -132,7 +143,7 @@ lpsgd_status lpsgd_check_list(const lpsgd_buffer *list, int64_t count, lpsgd_dty
 static void step_range(const lpsgd_buffer *list, int64_t low, int64_t high, lpsgd_dtype dtype,
                        int has_momentum, const lpsgd_scalars *k)
 {
-    const int64_t size = lpsgd_itemsize(dtype), momentum_size = momentum_itemsize(dtype, k);
+    const int64_t size = lpsgd_itemsize(dtype), momentum_size = lpsgd_itemsize(k->momentum_dtype);
     int64_t first = 0; /* of *list, end to end */
     for (; first < high; first += list->numel, list++) {
         const int64_t from = low > first ? low - first : 0;

@@ -65,6 +65,27 @@ LPSGD_VECTOR vhalf to_float16(vfloat x)
     return (vhalf)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+LPSGD_VECTOR vfloat load_float8(const char *from)
+{
+    const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i_u *)from));
+    return _mm256_cvtph_ps(_mm_slli_epi16(bytes, 8));
+}
+
+/* lpsgd_to_float8_stochastic for a and b. */
+LPSGD_VECTOR void store_float8(char *to, vfloat a, vfloat b, const uint16_t *random8)
+{
+    const __m256i h = _mm256_set_m128i((__m128i)to_float16(b), (__m128i)to_float16(a));
+    const __m256i unsign = _mm256_set1_epi16(0x7fff), magnitude = _mm256_and_si256(h, unsign);
+    const __m256i is_nan = _mm256_cmpgt_epi16(magnitude, _mm256_set1_epi16(0x7c00));
+    __m256i rounded = _mm256_min_epi16(magnitude, _mm256_set1_epi16(0x7b00));
+    rounded = _mm256_add_epi16(rounded, _mm256_loadu_si256((const __m256i_u *)random8));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi16(0x7e00), is_nan);
+    rounded = _mm256_or_si256(rounded, _mm256_andnot_si256(unsign, h));
+    rounded = _mm256_srli_epi16(rounded, 8);
+    _mm_storeu_si128((__m128i_u *)to, _mm_packus_epi16(_mm256_castsi256_si128(rounded),
+                                                     _mm256_extracti128_si256(rounded, 1)));
+}
+
 #include "lpsgd_cpu_kernel.h"
 #else
 typedef int lpsgd_no_avx2;

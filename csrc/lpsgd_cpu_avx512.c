@@ -60,6 +60,26 @@ LPSGD_VECTOR vhalf to_float16(vfloat x)
     return (vhalf)_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+LPSGD_VECTOR vfloat load_float8(const char *from)
+{
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i_u *)from));
+    return _mm512_cvtph_ps(_mm256_slli_epi16(bytes, 8));
+}
+
+/* lpsgd_to_float8_stochastic for a and b. */
+LPSGD_VECTOR void store_float8(char *to, vfloat a, vfloat b, const uint16_t *random8)
+{
+    const __m512i low = _mm512_castsi256_si512((__m256i)to_float16(a));
+    const __m512i h = _mm512_inserti64x4(low, (__m256i)to_float16(b), 1);
+    const __m512i unsign = _mm512_set1_epi16(0x7fff), magnitude = _mm512_and_si512(h, unsign);
+    const __mmask32 is_nan = _mm512_cmpgt_epi16_mask(magnitude, _mm512_set1_epi16(0x7c00));
+    __m512i rounded = _mm512_min_epi16(magnitude, _mm512_set1_epi16(0x7b00));
+    rounded = _mm512_add_epi16(rounded, _mm512_loadu_si512(random8));
+    rounded = _mm512_mask_mov_epi16(rounded, is_nan, _mm512_set1_epi16(0x7e00));
+    rounded = _mm512_or_si512(rounded, _mm512_andnot_si512(unsign, h));
+    _mm256_storeu_si256((__m256i_u *)to, _mm512_cvtepi16_epi8(_mm512_srli_epi16(rounded, 8)));
+}
+
 #include "lpsgd_cpu_kernel.h"
 #else
 typedef int lpsgd_no_avx512;

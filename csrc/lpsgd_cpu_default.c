@@ -81,4 +81,18 @@ LPSGD_VECTOR vhalf to_float16(vfloat x)
     return result;
 }
 
+LPSGD_VECTOR vfloat load_float8(const char *from)
+{
+    vfloat result;
+    for (int i = 0; i < lanes; i++)
+        result[i] = lpsgd_from_float8((uint8_t)from[i]);
+    return result;
+}
+
+LPSGD_VECTOR void store_float8(char *to, vfloat a, vfloat b, const uint16_t *random8)
+{
+    for (int i = 0; i < 2 * lanes; i++)
+        to[i] = (char)lpsgd_to_float8_stochastic(i < lanes ? a[i] : b[i - lanes], random8[i]);
+}
+
 #include "lpsgd_cpu_kernel.h"

@@ -25,15 +25,25 @@ typedef struct pair {
 
 enum {
     batch = 2 * lanes,
+    bytes_block = 64, /* elements that share the hashes of lpsgd_random_byte */
     low_part = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__, /* of a bfloat16 in the lower half of 32 bits */
 };
 
 /* The step's scalars in vectors. */
 typedef struct vscalars {
     vfloat momentum, one_minus_momentum, grad_factor, decay, step_size, eps, series[5];
+    vfloat momentum_scale, momentum_unscale;
     table8 fine, reciprocal, root;
     table32 coarse;
 } vscalars;
+
+/* The random bits of a buffer. Bytes are made for a block of elements at a time, which a batch of them
+ * does not leave, as it begins at a multiple of its size. */
+typedef struct noise {
+    uint64_t key, byte_key;
+    uint64_t block; /* whose bytes are there: elements from bytes_block * block on */
+    uint16_t bytes[bytes_block];
+} noise;
 
 /* A batch's place in the buffer. */
 typedef struct place {
@@ -53,6 +63,8 @@ LPSGD_VECTOR vscalars vscalars_of(const lpsgd_scalars *k)
         .decay = splat(k->decay),
         .step_size = splat(k->step_size),
         .eps = splat(k->eps),
+        .momentum_scale = splat(k->momentum_scale),
+        .momentum_unscale = splat(k->momentum_unscale),
         .fine = table8_of(tables->fine),
         .reciprocal = table8_of(tables->reciprocal),
         .root = table8_of(tables->root),
@@ -133,24 +145,42 @@ LPSGD_VECTOR int is_interleaved(const form f)
 
 LPSGD_VECTOR int size_of(lpsgd_dtype dtype)
 {
-    return dtype == LPSGD_FLOAT32 ? 4 : 2;
+    return dtype == LPSGD_FLOAT32 ? 4 : dtype == LPSGD_FLOAT8_E5M2 ? 1 : 2;
 }
 
-/* lpsgd_random for a part of the elements from `index` on. */
-LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t index, int part, const form f)
+/* lpsgd_random for the numbers first, first + by, ... */
+LPSGD_VECTOR vuint random_each(uint64_t key, uint64_t first, int by)
 {
-    vuint low, high;
-    for (int i = 0; i < lanes; i++) {
-        const int number = is_interleaved(f) ? 2 * i + part : part * lanes + i;
-        low[i] = (uint32_t)(index + (uint64_t)number);
-        high[i] = (uint32_t)((index + (uint64_t)number) >> 32);
-    }
+    const uint32_t high = (uint32_t)(key >> 32) + (uint32_t)(first >> 32) * 0x9e3779b9u;
+    vuint low;
+    for (int i = 0; i < lanes; i++)
+        low[i] = (uint32_t)(by * i);
+    low += (uint32_t)first;
+    const vuint carries = (vuint)(low < (uint32_t)first);
     vuint x = low ^ (uint32_t)key;
     x = (x ^ x >> 17) * 0xed5ad4bbu;
-    x ^= (uint32_t)(key >> 32) + high * 0x9e3779b9u;
+    x ^= high + (carries & 0x9e3779b9u);
     x = (x ^ x >> 11) * 0xac4c1b51u;
     x = (x ^ x >> 15) * 0x31848babu;
     return x ^ x >> 14;
+}
+
+/* Makes the bytes of the block that has this element, if they are not there: lpsgd_random_byte's, each
+ * hash's in four places 16 elements apart. */
+LPSGD_VECTOR void make_bytes(noise *random, uint64_t index)
+{
+    const uint64_t block = index / bytes_block;
+    if (block == random->block)
+        return;
+    random->block = block;
+    for (int i = 0; i < 16; i += lanes) {
+        const vuint hash = random_each(random->byte_key, 16 * block + (uint64_t)i, 1);
+        const vhalf low = __builtin_convertvector(hash, vhalf);
+        const vhalf high = __builtin_convertvector(hash >> 16, vhalf);
+        const vhalf bytes[4] = {low & 0xff, low >> 8, high & 0xff, high >> 8};
+        for (int j = 0; j < 4; j++)
+            memcpy(random->bytes + 16 * j + i, &bytes[j], sizeof bytes[j]);
+    }
 }
 
 LPSGD_VECTOR vfloat load_vector(const char *from, lpsgd_dtype dtype)
@@ -225,16 +255,38 @@ LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, int stochastic, con
     }
 }
 
+/* Of float8_e5m2 as lpsgd_momentum_of_float8 and lpsgd_momentum_to_float8 have it. */
+LPSGD_VECTOR pair load_momentum(const char *from, const form f, const vscalars *s)
+{
+    if (f.momentum_dtype != LPSGD_FLOAT8_E5M2)
+        return load(from, f.momentum_dtype, f);
+    return (pair){{load_float8(from) * s->momentum_unscale,
+                   load_float8(from + lanes) * s->momentum_unscale}};
+}
+
+LPSGD_VECTOR void store_momentum(place at, pair x, int stochastic, const vuint random[2],
+                                 const noise *bits, const form f, const vscalars *s)
+{
+    if (f.momentum_dtype != LPSGD_FLOAT8_E5M2) {
+        store(at.momentum_buffer, x, f.momentum_dtype, stochastic, random, 16, f);
+        return;
+    }
+    store_float8(at.momentum_buffer, x.part[0] * s->momentum_scale,
+                 x.part[1] * s->momentum_scale, bits->bytes + at.index % bytes_block);
+}
+
 /* Steps a batch by k's rule. Without `careful` returns whether one of its elements is out of the ordinary;
  * then nothing has been written. */
-LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, uint64_t key, int careful,
+LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, noise *bits, int careful,
                             const vscalars *s, const lpsgd_scalars *k)
 {
     pair x = load(at.grad, f.dtype, f), m, param, u;
     vfloat y[2];
     vuint random[2] = {{0}, {0}};
     if (f.has_momentum)
-        m = load(at.momentum_buffer, f.momentum_dtype, f);
+        m = load_momentum(at.momentum_buffer, f, s);
+    if (f.momentum_dtype == LPSGD_FLOAT8_E5M2) /* now, long before they are loaded */
+        make_bytes(bits, at.index);
     for (int i = 0; i < 2; i++) {
         x.part[i] *= s->grad_factor;
         if (f.has_momentum)
@@ -247,11 +299,14 @@ LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, uint64_t ke
     u = direction(x, y, rule, careful, s);
     for (int i = 0; i < 2 && careful && rule == LPSGD_RULE_POWER; i++)
         u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
-    const int stochastic = f.dtype == LPSGD_BFLOAT16 && k->stochastic_rounding;
+    const int rounds = f.dtype == LPSGD_BFLOAT16 || f.momentum_dtype == LPSGD_BFLOAT16;
+    const int stochastic = rounds && k->stochastic_rounding;
     for (int i = 0; i < 2 && stochastic; i++)
-        random[i] = random_each(key, at.index, i, f);
+        random[i] = is_interleaved(f)
+                        ? random_each(bits->key, at.index + (uint64_t)i, 2)
+                        : random_each(bits->key, at.index + (uint64_t)(i * lanes), 1);
     if (f.has_momentum)
-        store(at.momentum_buffer, x, f.momentum_dtype, stochastic, random, 16, f);
+        store_momentum(at, x, stochastic, random, bits, f, s);
     if (rule == LPSGD_RULE_REST)
         return 0;
     param = load(at.param, f.dtype, f);
@@ -272,31 +327,33 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
     };
 }
 
-/* A batch that has an element out of the ordinary, or the last n elements, fewer than a batch: by way of a
- * whole one elsewhere. */
-LPSGD_VECTOR void step_with_care(place at, int n, const form f, uint64_t key, const vscalars *s,
-                                 const lpsgd_scalars *k)
+/* A batch that has an element out of the ordinary, or n elements, fewer than a batch, by way of a whole one
+ * elsewhere, in which they come after `skip` others. */
+LPSGD_VECTOR void step_with_care(place at, int skip, int n, const form f, noise *bits,
+                                 const vscalars *s, const lpsgd_scalars *k)
 {
     char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
-    const size_t bytes = (size_t)(n * size_of(f.dtype));
+    const size_t bytes = (size_t)(n * size_of(f.dtype)), from = (size_t)(skip * size_of(f.dtype));
     const size_t momentum_bytes = (size_t)(n * size_of(f.momentum_dtype));
-    memcpy(param, at.param, bytes);
-    memcpy(grad, at.grad, bytes);
+    const size_t momentum_from = (size_t)(skip * size_of(f.momentum_dtype));
+    memcpy(param + from, at.param, bytes);
+    memcpy(grad + from, at.grad, bytes);
     if (f.has_momentum)
-        memcpy(momentum_buffer, at.momentum_buffer, momentum_bytes);
-    step_batch((place){param, grad, momentum_buffer, at.index}, f, k->rule, key, 1, s, k);
+        memcpy(momentum_buffer + momentum_from, at.momentum_buffer, momentum_bytes);
+    step_batch((place){param, grad, momentum_buffer, at.index - (uint64_t)skip}, f, k->rule, bits, 1, s,
+               k);
     if (k->rule != LPSGD_RULE_REST)
-        memcpy(at.param, param, bytes);
+        memcpy(at.param, param + from, bytes);
     if (f.has_momentum)
-        memcpy(at.momentum_buffer, momentum_buffer, momentum_bytes);
+        memcpy(at.momentum_buffer, momentum_buffer + momentum_from, momentum_bytes);
 }
 
 /* Steps batches from element i on up to the last whole one, or to one that has an element out of the
  * ordinary. Returns where it has come to. */
 LPSGD_VECTOR int64_t step_batches(const lpsgd_buffer *buffer, int64_t i, const form f, lpsgd_rule rule,
-                                  uint64_t key, const vscalars *s, const lpsgd_scalars *k)
+                                  noise *bits, const vscalars *s, const lpsgd_scalars *k)
 {
-    while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, rule, key, 0, s, k))
+    while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, rule, bits, 0, s, k))
         i += batch;
     return i;
 }
@@ -306,15 +363,23 @@ LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_s
 {
     const lpsgd_buffer copy = *list, *const b = &copy; /* which no store changes */
     const vscalars s = vscalars_of(k);
-    const uint64_t key = lpsgd_key(k->rounding_key, b->stream);
-    for (int64_t i = 0; i < b->numel;) {
+    noise bits = {.key = lpsgd_key(k->rounding_key, b->stream),
+                  .byte_key = lpsgd_byte_key(k->rounding_key, b->stream),
+                  .block = UINT64_MAX};
+    int64_t i = 0;
+    if (f.momentum_dtype == LPSGD_FLOAT8_E5M2 && b->index % batch) {
+        const int skip = (int)(b->index % batch), left = batch - skip;
+        i = b->numel < left ? b->numel : left;
+        step_with_care(place_of(b, 0, f), skip, (int)i, f, &bits, &s, k);
+    }
+    while (i < b->numel) {
         if (k->rule == LPSGD_RULE_POWER)
-            i = step_batches(b, i, f, LPSGD_RULE_POWER, key, &s, k);
+            i = step_batches(b, i, f, LPSGD_RULE_POWER, &bits, &s, k);
         else
-            i = step_batches(b, i, f, k->rule, key, &s, k);
+            i = step_batches(b, i, f, k->rule, &bits, &s, k);
         const int n = b->numel - i < batch ? (int)(b->numel - i) : batch;
         if (n)
-            step_with_care(place_of(b, i, f), n, f, key, &s, k);
+            step_with_care(place_of(b, i, f), 0, n, f, &bits, &s, k);
         i += n;
     }
 }
@@ -323,10 +388,14 @@ LPSGD_VECTOR void step_dtype(const lpsgd_buffer *buffer, lpsgd_dtype dtype, cons
 {
     if (!buffer->momentum_buffer)
         step_all(buffer, (form){dtype, dtype, 0}, k);
-    else if (dtype != LPSGD_FLOAT32 && k->momentum_float32)
+    else if (k->momentum_dtype == LPSGD_FLOAT32)
         step_all(buffer, (form){dtype, LPSGD_FLOAT32, 1}, k);
-    else
-        step_all(buffer, (form){dtype, dtype, 1}, k);
+    else if (k->momentum_dtype == LPSGD_BFLOAT16)
+        step_all(buffer, (form){dtype, LPSGD_BFLOAT16, 1}, k);
+    else if (k->momentum_dtype == LPSGD_FLOAT8_E5M2)
+        step_all(buffer, (form){dtype, LPSGD_FLOAT8_E5M2, 1}, k);
+    else if (dtype == LPSGD_FLOAT16)
+        step_all(buffer, (form){dtype, LPSGD_FLOAT16, 1}, k);
 }
 
 LPSGD_VECTOR void step_float64(double *restrict param, const double *restrict grad,
@@ -361,6 +430,8 @@ LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
             step_float64(param, buffer->grad, momentum_buffer, buffer->numel, LPSGD_RULE_SGD, k);
         else
             step_float64(param, buffer->grad, momentum_buffer, buffer->numel, k->rule, k);
+        break;
+    case LPSGD_FLOAT8_E5M2:
         break;
     }
 }

@@ -187,6 +187,11 @@ static const char *const kernel_names[LPSGD_CUDA_KERNELS] = {
     LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT16, "lpsgd_cuda_float16"),
     LPSGD_CUDA_NAMES(LPSGD_CUDA_BFLOAT16_WIDE, "lpsgd_cuda_bfloat16_wide"),
     LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT16_WIDE, "lpsgd_cuda_float16_wide"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT32_HALF, "lpsgd_cuda_float32_half"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT16_HALF, "lpsgd_cuda_float16_half"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT32_BYTE, "lpsgd_cuda_float32_byte"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_BFLOAT16_BYTE, "lpsgd_cuda_bfloat16_byte"),
+    LPSGD_CUDA_NAMES(LPSGD_CUDA_FLOAT16_BYTE, "lpsgd_cuda_float16_byte"),
     [LPSGD_CUDA_FOLD] = "lpsgd_cuda_fold_scalars",
 };
 
@@ -218,18 +223,23 @@ static lpsgd_status load(int device)
     return load_kernels();
 }
 
-static int kernel_for(lpsgd_dtype dtype, int momentum_float32)
+/* For dtypes that go together, or for LPSGD. */
+static int kernel_for(lpsgd_dtype dtype, lpsgd_dtype momentum_dtype, int has_momentum)
 {
-    switch (dtype) {
-    case LPSGD_FLOAT64:
-        return LPSGD_CUDA_FLOAT64;
-    case LPSGD_BFLOAT16:
-        return momentum_float32 ? LPSGD_CUDA_BFLOAT16_WIDE : LPSGD_CUDA_BFLOAT16;
-    case LPSGD_FLOAT16:
-        return momentum_float32 ? LPSGD_CUDA_FLOAT16_WIDE : LPSGD_CUDA_FLOAT16;
-    default:
-        return LPSGD_CUDA_FLOAT32;
-    }
+    static const int kernels[][5] = {
+        [LPSGD_FLOAT32] = {[LPSGD_FLOAT32] = LPSGD_CUDA_FLOAT32,
+                           [LPSGD_BFLOAT16] = LPSGD_CUDA_FLOAT32_HALF,
+                           [LPSGD_FLOAT8_E5M2] = LPSGD_CUDA_FLOAT32_BYTE},
+        [LPSGD_FLOAT64] = {[LPSGD_FLOAT64] = LPSGD_CUDA_FLOAT64},
+        [LPSGD_BFLOAT16] = {[LPSGD_FLOAT32] = LPSGD_CUDA_BFLOAT16_WIDE,
+                            [LPSGD_BFLOAT16] = LPSGD_CUDA_BFLOAT16,
+                            [LPSGD_FLOAT8_E5M2] = LPSGD_CUDA_BFLOAT16_BYTE},
+        [LPSGD_FLOAT16] = {[LPSGD_FLOAT32] = LPSGD_CUDA_FLOAT16_WIDE,
+                           [LPSGD_BFLOAT16] = LPSGD_CUDA_FLOAT16_HALF,
+                           [LPSGD_FLOAT16] = LPSGD_CUDA_FLOAT16,
+                           [LPSGD_FLOAT8_E5M2] = LPSGD_CUDA_FLOAT16_BYTE},
+    };
+    return kernels[dtype][has_momentum ? momentum_dtype : dtype];
 }
 
 static lpsgd_status launch(int kernel, unsigned blocks, unsigned threads,
@@ -290,7 +300,7 @@ static lpsgd_status launch_all(const lpsgd_buffer *list, int64_t count, lpsgd_dt
     lpsgd_cuda_step_arguments *a = malloc(sizeof *a);
     if (!a)
         return out_of_memory();
-    const int kernel = kernel_for(dtype, k->momentum_float32);
+    const int kernel = kernel_for(dtype, k->momentum_dtype, has_momentum);
     const int on_device = has_device_number(target);
     a->common.device_scalars = on_device ? target->scratch : NULL;
     a->common.scalars = *k;
@@ -385,7 +395,8 @@ static lpsgd_status fail_check(int device, const lpsgd_cuda_check *c, const char
     snprintf(error_text, sizeof error_text,
              "its kernels differ from the CPU's: after a step of %s (p = %g%s%s) %s. Please report "
              "this: %s, driver of CUDA %d.%d, lpsgd " LPSGD_VERSION " of CUDA %d.%d for %s",
-             kernel_names[kernel_for(c->dtype, c->hyper.momentum_float32) + c->few * LPSGD_CUDA_KINDS],
+             kernel_names[kernel_for(c->dtype, c->hyper.momentum_dtype, c->has_momentum) +
+                          c->few * LPSGD_CUDA_KINDS],
              c->hyper.p, c->has_momentum ? ", momentum" : "",
              c->device_number[0].pointer ? ", numbers on the GPU" : "", difference, name,
              version / 1000, version % 1000 / 10, LPSGD_CUDA_VERSION / 1000,

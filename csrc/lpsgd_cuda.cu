@@ -12,9 +12,13 @@ static __device__ lpsgd_cuda_place this_thread(void)
     return place;
 }
 
+/* What a kernel promises, and asks for: 64 registers, where nvcc would take more for sm_75. */
+#define LPSGD_CUDA_FREE (LPSGD_CUDA_THREADS)
+#define LPSGD_CUDA_TIGHT (LPSGD_CUDA_THREADS, 4)
+
 /* A kernel, which does `work` on as many tensors as its arguments have room for. */
-#define LPSGD_CUDA_GLOBAL(name, work, arguments)                                                   \
-    extern "C" __global__ void __launch_bounds__(LPSGD_CUDA_THREADS)                               \
+#define LPSGD_CUDA_GLOBAL(name, work, arguments, bounds)                                           \
+    extern "C" __global__ void __launch_bounds__ bounds                                            \
         name(const __grid_constant__ arguments a)                                                  \
     {                                                                                              \
         __shared__ lpsgd_tables tables;                                                            \
@@ -23,16 +27,21 @@ static __device__ lpsgd_cuda_place this_thread(void)
         work(&a.common, a.tensor, &tables, this_thread());                                         \
     }
 
-#define LPSGD_CUDA_GLOBALS(name, few)                                                              \
-    LPSGD_CUDA_GLOBAL(name, name##_work, lpsgd_cuda_step_arguments)                                \
-    LPSGD_CUDA_GLOBAL(few, name##_work, lpsgd_cuda_few_arguments)
+#define LPSGD_CUDA_GLOBALS(name, few, bounds)                                                      \
+    LPSGD_CUDA_GLOBAL(name, name##_work, lpsgd_cuda_step_arguments, bounds)                        \
+    LPSGD_CUDA_GLOBAL(few, name##_work, lpsgd_cuda_few_arguments, bounds)
 
-LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32, lpsgd_cuda_float32_few)
-LPSGD_CUDA_GLOBALS(lpsgd_cuda_float64, lpsgd_cuda_float64_few)
-LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16, lpsgd_cuda_bfloat16_few)
-LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16, lpsgd_cuda_float16_few)
-LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16_wide, lpsgd_cuda_bfloat16_wide_few)
-LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_wide, lpsgd_cuda_float16_wide_few)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32, lpsgd_cuda_float32_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float64, lpsgd_cuda_float64_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16, lpsgd_cuda_bfloat16_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16, lpsgd_cuda_float16_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16_wide, lpsgd_cuda_bfloat16_wide_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_wide, lpsgd_cuda_float16_wide_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32_half, lpsgd_cuda_float32_half_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_half, lpsgd_cuda_float16_half_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float32_byte, lpsgd_cuda_float32_byte_few, LPSGD_CUDA_FREE)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_bfloat16_byte, lpsgd_cuda_bfloat16_byte_few, LPSGD_CUDA_TIGHT)
+LPSGD_CUDA_GLOBALS(lpsgd_cuda_float16_byte, lpsgd_cuda_float16_byte_few, LPSGD_CUDA_FREE)
 
 extern "C" __global__ void lpsgd_cuda_fold_scalars(const __grid_constant__ lpsgd_cuda_fold_arguments a)
 {

@@ -15,19 +15,24 @@ enum { FLOAT64_POWER_ULPS = 8 };
 
 lpsgd_cuda_check lpsgd_cuda_check_number(int i, lpsgd_cuda_check_memory *memory)
 {
-    static const struct {
-        lpsgd_dtype dtype;
-        int momentum_float32;
-    } kinds[LPSGD_CUDA_KINDS] = {
-        {LPSGD_FLOAT32, 0}, {LPSGD_FLOAT64, 0},  {LPSGD_BFLOAT16, 0},
-        {LPSGD_FLOAT16, 0}, {LPSGD_BFLOAT16, 1}, {LPSGD_FLOAT16, 1},
+    static const lpsgd_dtype dtypes[LPSGD_CUDA_KINDS][2] = {
+        [LPSGD_CUDA_FLOAT32] = {LPSGD_FLOAT32, LPSGD_FLOAT32},
+        [LPSGD_CUDA_FLOAT64] = {LPSGD_FLOAT64, LPSGD_FLOAT64},
+        [LPSGD_CUDA_BFLOAT16] = {LPSGD_BFLOAT16, LPSGD_BFLOAT16},
+        [LPSGD_CUDA_FLOAT16] = {LPSGD_FLOAT16, LPSGD_FLOAT16},
+        [LPSGD_CUDA_BFLOAT16_WIDE] = {LPSGD_BFLOAT16, LPSGD_FLOAT32},
+        [LPSGD_CUDA_FLOAT16_WIDE] = {LPSGD_FLOAT16, LPSGD_FLOAT32},
+        [LPSGD_CUDA_FLOAT32_HALF] = {LPSGD_FLOAT32, LPSGD_BFLOAT16},
+        [LPSGD_CUDA_FLOAT16_HALF] = {LPSGD_FLOAT16, LPSGD_BFLOAT16},
+        [LPSGD_CUDA_FLOAT32_BYTE] = {LPSGD_FLOAT32, LPSGD_FLOAT8_E5M2},
+        [LPSGD_CUDA_BFLOAT16_BYTE] = {LPSGD_BFLOAT16, LPSGD_FLOAT8_E5M2},
+        [LPSGD_CUDA_FLOAT16_BYTE] = {LPSGD_FLOAT16, LPSGD_FLOAT8_E5M2},
     };
     /* With 8 the power of a huge number is too small for a float of full precision. */
     static const double p[] = {2.0, 8.0, INFINITY, [FOUND_INF] = 8.0};
     const int kind = i / 16, which = i / 4 % 4;
-    const lpsgd_dtype dtype = kinds[kind].dtype;
-    const int64_t size = lpsgd_itemsize(dtype);
-    const int64_t momentum_size = kinds[kind].momentum_float32 ? 4 : size;
+    const lpsgd_dtype dtype = dtypes[kind][0], momentum_dtype = dtypes[kind][1];
+    const int64_t size = lpsgd_itemsize(dtype), momentum_size = lpsgd_itemsize(momentum_dtype);
     lpsgd_cuda_check check = {
         .dtype = dtype,
         .hyper =
@@ -39,7 +44,8 @@ lpsgd_cuda_check lpsgd_cuda_check_number(int i, lpsgd_cuda_check_memory *memory)
                 .eps = which == 1 ? 0.0 : 1e-8, /* with 0 subnormal numbers take a power, too */
                 .pivot = 1.0,
                 .grad_scale = 1.0,
-                .momentum_float32 = kinds[kind].momentum_float32,
+                .momentum_dtype = momentum_dtype,
+                .momentum_exponent = 3,
                 .stochastic_rounding = which == 1,
                 .seed = 1,
             },
@@ -106,6 +112,7 @@ static void fill_array(void *array, lpsgd_dtype dtype, uint64_t seed, int is_par
         [LPSGD_FLOAT64] = {52, 1023},
         [LPSGD_BFLOAT16] = {7, 127},
         [LPSGD_FLOAT16] = {10, 15},
+        [LPSGD_FLOAT8_E5M2] = {2, 15},
     };
     const int mantissa = formats[dtype].mantissa;
     const uint64_t bias = formats[dtype].bias;
@@ -123,18 +130,13 @@ static void fill_array(void *array, lpsgd_dtype dtype, uint64_t seed, int is_par
     }
 }
 
-static lpsgd_dtype momentum_dtype(const lpsgd_cuda_check *check)
-{
-    return check->hyper.momentum_float32 ? LPSGD_FLOAT32 : check->dtype;
-}
-
 void lpsgd_cuda_check_fill(int i, lpsgd_cuda_check_memory *memory)
 {
     const lpsgd_cuda_check check = lpsgd_cuda_check_number(i, memory);
     memset(memory, 0, sizeof *memory);
     fill_array(memory->param, check.dtype, 3 * (uint64_t)i, 1);
     fill_array(memory->grad, check.dtype, 3 * (uint64_t)i + 1, 0);
-    fill_array(memory->momentum_buffer, momentum_dtype(&check), 3 * (uint64_t)i + 2, 0);
+    fill_array(memory->momentum_buffer, check.hyper.momentum_dtype, 3 * (uint64_t)i + 2, 0);
     store_number(&memory->lr, check.dtype, check.hyper.lr);
     store_number(&memory->p, check.dtype, check.hyper.p);
     store_number(&memory->found_inf, check.dtype, check.found_inf);
@@ -165,7 +167,7 @@ int lpsgd_cuda_check_passes(int i, const lpsgd_cuda_check_memory *memory, char *
     if (!check.found_inf)
         (check.has_momentum ? lpsgdm_step : lpsgd_step)(check.list, 2, check.dtype, &check.hyper, 1);
     return same_arrays("momentum_buffer", memory->momentum_buffer, expected.momentum_buffer,
-                       momentum_dtype(&check), 0, text, size) &&
+                       check.hyper.momentum_dtype, 0, text, size) &&
            same_arrays("param", memory->param, expected.param, check.dtype,
                        rounds_power ? FLOAT64_POWER_ULPS : 0, text, size);
 }

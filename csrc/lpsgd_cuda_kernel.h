@@ -30,7 +30,7 @@ enum {
     LPSGD_CUDA_THREADS = 256,
     LPSGD_CUDA_ROUNDS = 4,                       /* vectors of a thread in a tile */
     LPSGD_CUDA_TENSORS = 500,                    /* of the 32764 bytes of a kernel's arguments */
-    LPSGD_CUDA_FEW = 66,                         /* of 4096 bytes */
+    LPSGD_CUDA_FEW = 57,                         /* of 4096 bytes */
     LPSGD_CUDA_TILE_BYTES = LPSGD_CUDA_THREADS * LPSGD_CUDA_ROUNDS * 16
 };
 
@@ -43,6 +43,11 @@ enum {
     LPSGD_CUDA_FLOAT16,
     LPSGD_CUDA_BFLOAT16_WIDE, /* float32 momentum_buffer */
     LPSGD_CUDA_FLOAT16_WIDE,
+    LPSGD_CUDA_FLOAT32_HALF, /* bfloat16 momentum_buffer */
+    LPSGD_CUDA_FLOAT16_HALF,
+    LPSGD_CUDA_FLOAT32_BYTE, /* float8_e5m2 momentum_buffer */
+    LPSGD_CUDA_BFLOAT16_BYTE,
+    LPSGD_CUDA_FLOAT16_BYTE,
     LPSGD_CUDA_KINDS,
     LPSGD_CUDA_FOLD = 2 * LPSGD_CUDA_KINDS,
     LPSGD_CUDA_KERNELS
@@ -53,8 +58,8 @@ typedef struct lpsgd_cuda_tensor {
     const void *grad;
     void *momentum_buffer; /* NULL: LPSGD */
     int64_t numel;
-    uint64_t key, index; /* of the random bits */
-    int64_t first_tile;  /* in the launch */
+    uint64_t key, byte_key, index; /* of the random bits */
+    int64_t first_tile;            /* in the launch */
 } lpsgd_cuda_tensor;
 
 /* A step's scalars as the kernels read them, from their arguments or from device memory. */
@@ -107,6 +112,7 @@ LPSGD_INLINE void lpsgd_cuda_fill(lpsgd_cuda_step_arguments *a, const lpsgd_buff
         t->momentum_buffer = has_momentum ? b->momentum_buffer : NULL;
         t->numel = b->numel;
         t->key = lpsgd_key(c->scalars.rounding_key, b->stream);
+        t->byte_key = lpsgd_byte_key(c->scalars.rounding_key, b->stream);
         t->index = b->index;
         t->first_tile = c->tiles;
         c->tiles += b->numel / tile + (b->numel % tile != 0);
@@ -126,6 +132,8 @@ LPSGD_INLINE double lpsgd_cuda_number(lpsgd_device_number number, double value)
         return lpsgd_from_bfloat16(*(const uint16_t *)number.pointer);
     case LPSGD_FLOAT16:
         return lpsgd_from_float16(*(const uint16_t *)number.pointer);
+    case LPSGD_FLOAT8_E5M2:
+        break; /* of momentum buffers alone */
     }
     return value;
 }
@@ -157,10 +165,11 @@ LPSGD_INLINE const lpsgd_cuda_tensor *lpsgd_cuda_find(const lpsgd_cuda_tensor *t
     return &tensors[low];
 }
 
-/* Whether vectors may be used. */
-LPSGD_INLINE int lpsgd_cuda_aligned(const lpsgd_cuda_tensor *t)
+/* Whether vectors may be used, for which momentum_buffer is aligned like this. */
+LPSGD_INLINE int lpsgd_cuda_aligned(const lpsgd_cuda_tensor *t, int momentum_alignment)
 {
-    return ((uintptr_t)t->param | (uintptr_t)t->grad | (uintptr_t)t->momentum_buffer) % 16 == 0;
+    return ((uintptr_t)t->param | (uintptr_t)t->grad) % 16 == 0 &&
+           (uintptr_t)t->momentum_buffer % (uintptr_t)momentum_alignment == 0;
 }
 
 /* A thread's part of a block's copy of the tables: one word, or none. */
@@ -178,15 +187,28 @@ typedef struct lpsgd_cuda_place {
     int thread;
 } lpsgd_cuda_place;
 
-LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
-                                        const lpsgd_scalars *k)
+/* The random bits of an element: 32 for bfloat16, where k asks for them, and 8 for float8_e5m2. */
+typedef struct lpsgd_cuda_random {
+    uint32_t bits, byte;
+} lpsgd_cuda_random;
+
+LPSGD_INLINE lpsgd_cuda_random lpsgd_cuda_random_of(const lpsgd_cuda_tensor *t, int64_t i,
+                                                    lpsgd_dtype dtype, lpsgd_dtype momentum_dtype,
+                                                    const lpsgd_scalars *k)
 {
-    return k->stochastic_rounding ? lpsgd_random(t->key, t->index + (uint64_t)i) : 0;
+    const uint64_t index = t->index + (uint64_t)i;
+    const int rounds = dtype == LPSGD_BFLOAT16 || momentum_dtype == LPSGD_BFLOAT16;
+    lpsgd_cuda_random random = {0, 0};
+    if (rounds && k->stochastic_rounding)
+        random.bits = lpsgd_random(t->key, index);
+    if (momentum_dtype == LPSGD_FLOAT8_E5M2)
+        random.byte = lpsgd_random_byte(t->byte_key, index);
+    return random;
 }
 
-/* LPSGD_CUDA_WORK(name, T, M, step, dtype) defines one thread's work for parameters of dtype, which are
- * of type T, and momentum buffers of type M. step(dtype, rule, &param, grad, &m, has_momentum, random,
- * tables, k) steps one element.
+/* LPSGD_CUDA_WORK(name, T, M, step, dtype, momentum_dtype) defines one thread's work for parameters of
+ * dtype and momentum buffers of momentum_dtype, which are of the types T and M. step(dtype,
+ * momentum_dtype, rule, &param, &grad, &m, has_momentum, random, tables, k) steps one element.
  *
  * Threads would take turns to read different entries of a table in constant memory, so a block has a
  * copy of the tables in its shared memory, which lpsgd_cuda_share makes.
@@ -195,12 +217,15 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
  * a vector have names, as nvcc stores one in pieces where it computes the address anew; the scalars
  * are copied, as it would read them again for every element, in fear of what the stores change; and
  * a vector's elements have a loop for each rule, as it would ask for the rule at every element. */
-#define LPSGD_CUDA_WORK(name, T, M, step, dtype)                                                   \
-    enum { name##_width = 16 / (int)sizeof(T) };                                                   \
+#define LPSGD_CUDA_WORK(name, T, M, step, dtype, momentum_dtype)                                   \
+    enum {                                                                                         \
+        name##_width = 16 / (int)sizeof(T),                                                        \
+        name##_alignment = sizeof(M) < sizeof(T) ? name##_width * (int)sizeof(M) : 16              \
+    };                                                                                             \
     typedef struct LPSGD_ALIGN(16) name##_params {                                                 \
         T x[name##_width];                                                                         \
     } name##_params;                                                                               \
-    typedef struct LPSGD_ALIGN(16) name##_momentums {                                              \
+    typedef struct LPSGD_ALIGN(name##_alignment) name##_momentums {                                \
         M x[name##_width];                                                                         \
     } name##_momentums;                                                                            \
                                                                                                    \
@@ -212,8 +237,9 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         const int has_momentum = t->momentum_buffer != NULL;                                       \
         LPSGD_UNROLL                                                                               \
         for (int j = 0; j < name##_width; j++)                                                     \
-            step(dtype, rule, &param->x[j], grad->x[j], &m->x[j], has_momentum,                    \
-                 lpsgd_cuda_random(t, v * name##_width + j, k), tables, k);                        \
+            step(dtype, momentum_dtype, rule, &param->x[j], &grad->x[j], &m->x[j], has_momentum,   \
+                 lpsgd_cuda_random_of(t, v * name##_width + j, dtype, momentum_dtype, k), tables,  \
+                 k);                                                                               \
     }                                                                                              \
                                                                                                    \
     LPSGD_INLINE void name##_vector(const lpsgd_cuda_tensor *t, int64_t v,                         \
@@ -253,8 +279,8 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         const int has_momentum = t->momentum_buffer != NULL;                                       \
         T param = ((T *)t->param)[i];                                                              \
         M m = has_momentum ? ((M *)t->momentum_buffer)[i] : (M)0;                                  \
-        step(dtype, k->rule, &param, ((const T *)t->grad)[i], &m, has_momentum,                             \
-             lpsgd_cuda_random(t, i, k), tables, k);                                               \
+        step(dtype, momentum_dtype, k->rule, &param, (const T *)t->grad + i, &m, has_momentum,     \
+             lpsgd_cuda_random_of(t, i, dtype, momentum_dtype, k), tables, k);                     \
         ((T *)t->param)[i] = param;                                                                \
         if (has_momentum)                                                                          \
             ((M *)t->momentum_buffer)[i] = m;                                                      \
@@ -272,7 +298,8 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
             const int64_t size = (int64_t)LPSGD_CUDA_TILE_BYTES / (int64_t)sizeof(T);              \
             const int64_t start = (tile - t->first_tile) * size, left = t->numel - start;          \
             const int count = (int)(left < size ? left : size);                                    \
-            const int vectors = lpsgd_cuda_aligned(t) ? count / name##_width : 0;                  \
+            const int aligned = lpsgd_cuda_aligned(t, name##_alignment);                           \
+            const int vectors = aligned ? count / name##_width : 0;                                \
             for (int v = place.thread; v < vectors; v += LPSGD_CUDA_THREADS)                       \
                 name##_vector(t, start / name##_width + v, tables, k);                             \
             for (int i = vectors * name##_width + place.thread; i < count; i += LPSGD_CUDA_THREADS)\
@@ -280,71 +307,92 @@ LPSGD_INLINE uint32_t lpsgd_cuda_random(const lpsgd_cuda_tensor *t, int64_t i,
         }                                                                                          \
     }
 
-/* One element; `random` has 32 random bits where k asks for them. dtype is a constant, and tells the
- * 16-bit ones apart, which have the same type in C. rule is k->rule, as in lpsgd_direction. */
-LPSGD_INLINE void lpsgd_cuda_float32(lpsgd_dtype dtype, lpsgd_rule rule, float *param, float grad,
-                                     float *m, int has_momentum, uint32_t random,
-                                     const lpsgd_tables *tables, const lpsgd_scalars *k)
+/* One element. dtypes and rule are constants where it counts; rule is k->rule, as in lpsgd_direction. */
+LPSGD_INLINE void lpsgd_cuda_double(lpsgd_dtype dtype, lpsgd_dtype momentum_dtype, lpsgd_rule rule,
+                                    double *param, const double *grad, double *m, int has_momentum,
+                                    lpsgd_cuda_random random, const lpsgd_tables *tables,
+                                    const lpsgd_scalars *k)
 {
-    float x = lpsgd_grad(grad, k);
-    (void)dtype, (void)random;
-    if (has_momentum)
-        *m = x = lpsgd_momentum(*m, x, k);
-    if (rule != LPSGD_RULE_REST)
-        *param = lpsgd_apply(*param, lpsgd_direction(x, rule, tables, k), k);
-}
-
-LPSGD_INLINE void lpsgd_cuda_float64(lpsgd_dtype dtype, lpsgd_rule rule, double *param, double grad,
-                                     double *m, int has_momentum, uint32_t random,
-                                     const lpsgd_tables *tables, const lpsgd_scalars *k)
-{
-    double x = lpsgd_grad64(grad, k);
-    (void)dtype, (void)random, (void)tables;
+    double x = lpsgd_grad64(*grad, k);
+    (void)dtype, (void)momentum_dtype, (void)random, (void)tables;
     if (has_momentum)
         *m = x = lpsgd_momentum64(*m, x, k);
     if (rule != LPSGD_RULE_REST)
         *param = lpsgd_apply64(*param, lpsgd_direction64(x, rule, k), k);
 }
 
-LPSGD_INLINE float lpsgd_cuda_load_half(lpsgd_dtype dtype, uint16_t half)
+LPSGD_INLINE float lpsgd_cuda_load(lpsgd_dtype dtype, const void *from, const lpsgd_scalars *k)
 {
-    return dtype == LPSGD_BFLOAT16 ? lpsgd_from_bfloat16(half) : lpsgd_from_float16(half);
+    switch (dtype) {
+    case LPSGD_BFLOAT16:
+        return lpsgd_from_bfloat16(*(const uint16_t *)from);
+    case LPSGD_FLOAT16:
+        return lpsgd_from_float16(*(const uint16_t *)from);
+    case LPSGD_FLOAT8_E5M2:
+        return lpsgd_momentum_of_float8(*(const uint8_t *)from, k);
+    default:
+        return *(const float *)from;
+    }
 }
 
-LPSGD_INLINE uint16_t lpsgd_cuda_store_half(lpsgd_dtype dtype, float x, uint32_t random,
-                                            const lpsgd_scalars *k)
+/* Of random.bits the lower 16 are used. */
+LPSGD_INLINE void lpsgd_cuda_store(lpsgd_dtype dtype, void *to, float x, lpsgd_cuda_random random,
+                                   const lpsgd_scalars *k)
 {
-    if (dtype == LPSGD_FLOAT16)
-        return lpsgd_to_float16(x);
-    return k->stochastic_rounding ? lpsgd_to_bfloat16_stochastic(x, random & 0xffffu)
-                                  : lpsgd_to_bfloat16(x);
+    switch (dtype) {
+    case LPSGD_BFLOAT16:
+        *(uint16_t *)to = k->stochastic_rounding
+                              ? lpsgd_to_bfloat16_stochastic(x, random.bits & 0xffffu)
+                              : lpsgd_to_bfloat16(x);
+        break;
+    case LPSGD_FLOAT16:
+        *(uint16_t *)to = lpsgd_to_float16(x);
+        break;
+    case LPSGD_FLOAT8_E5M2:
+        *(uint8_t *)to = lpsgd_momentum_to_float8(x, random.byte, k);
+        break;
+    default:
+        *(float *)to = x;
+    }
 }
 
-LPSGD_INLINE void lpsgd_cuda_half_wide(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param,
-                                       uint16_t grad, float *m, int has_momentum, uint32_t random,
-                                       const lpsgd_tables *tables, const lpsgd_scalars *k)
+LPSGD_INLINE void lpsgd_cuda_single(lpsgd_dtype dtype, lpsgd_dtype momentum_dtype, lpsgd_rule rule,
+                                    void *param, const void *grad, void *m, int has_momentum,
+                                    lpsgd_cuda_random random, const lpsgd_tables *tables,
+                                    const lpsgd_scalars *k)
 {
-    float x = lpsgd_cuda_load_half(dtype, *param);
-    lpsgd_cuda_float32(dtype, rule, &x, lpsgd_cuda_load_half(dtype, grad), m, has_momentum, random,
-                       tables, k);
-    if (rule != LPSGD_RULE_REST)
-        *param = lpsgd_cuda_store_half(dtype, x, random, k);
+    const lpsgd_cuda_random of_momentum = {random.bits >> 16, random.byte};
+    float wide = lpsgd_cuda_load(momentum_dtype, m, k); /* 0 and unused, for LPSGD */
+    const float before = lpsgd_cuda_load(dtype, param, k);
+    float x = lpsgd_grad(lpsgd_cuda_load(dtype, grad, k), k);
+    if (has_momentum)
+        wide = x = lpsgd_momentum(wide, x, k);
+    if (rule != LPSGD_RULE_REST) {
+        const float u = lpsgd_direction(x, rule, tables, k);
+        lpsgd_cuda_store(dtype, param, lpsgd_apply(before, u, k), random, k);
+    }
+    lpsgd_cuda_store(momentum_dtype, m, wide, of_momentum, k);
 }
 
-LPSGD_INLINE void lpsgd_cuda_half(lpsgd_dtype dtype, lpsgd_rule rule, uint16_t *param,
-                                  uint16_t grad, uint16_t *m, int has_momentum, uint32_t random,
-                                  const lpsgd_tables *tables, const lpsgd_scalars *k)
-{
-    float wide = lpsgd_cuda_load_half(dtype, *m);
-    lpsgd_cuda_half_wide(dtype, rule, param, grad, &wide, has_momentum, random, tables, k);
-    *m = lpsgd_cuda_store_half(dtype, wide, random >> 16, k);
-}
-
-LPSGD_CUDA_WORK(lpsgd_cuda_float32, float, float, lpsgd_cuda_float32, LPSGD_FLOAT32)
-LPSGD_CUDA_WORK(lpsgd_cuda_float64, double, double, lpsgd_cuda_float64, LPSGD_FLOAT64)
-LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16, uint16_t, uint16_t, lpsgd_cuda_half, LPSGD_BFLOAT16)
-LPSGD_CUDA_WORK(lpsgd_cuda_float16, uint16_t, uint16_t, lpsgd_cuda_half, LPSGD_FLOAT16)
-LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16_wide, uint16_t, float, lpsgd_cuda_half_wide, LPSGD_BFLOAT16)
-LPSGD_CUDA_WORK(lpsgd_cuda_float16_wide, uint16_t, float, lpsgd_cuda_half_wide, LPSGD_FLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float32, float, float, lpsgd_cuda_single, LPSGD_FLOAT32, LPSGD_FLOAT32)
+LPSGD_CUDA_WORK(lpsgd_cuda_float64, double, double, lpsgd_cuda_double, LPSGD_FLOAT64, LPSGD_FLOAT64)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16, uint16_t, uint16_t, lpsgd_cuda_single, LPSGD_BFLOAT16,
+                LPSGD_BFLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16, uint16_t, uint16_t, lpsgd_cuda_single, LPSGD_FLOAT16,
+                LPSGD_FLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16_wide, uint16_t, float, lpsgd_cuda_single, LPSGD_BFLOAT16,
+                LPSGD_FLOAT32)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16_wide, uint16_t, float, lpsgd_cuda_single, LPSGD_FLOAT16,
+                LPSGD_FLOAT32)
+LPSGD_CUDA_WORK(lpsgd_cuda_float32_half, float, uint16_t, lpsgd_cuda_single, LPSGD_FLOAT32,
+                LPSGD_BFLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16_half, uint16_t, uint16_t, lpsgd_cuda_single, LPSGD_FLOAT16,
+                LPSGD_BFLOAT16)
+LPSGD_CUDA_WORK(lpsgd_cuda_float32_byte, float, uint8_t, lpsgd_cuda_single, LPSGD_FLOAT32,
+                LPSGD_FLOAT8_E5M2)
+LPSGD_CUDA_WORK(lpsgd_cuda_bfloat16_byte, uint16_t, uint8_t, lpsgd_cuda_single, LPSGD_BFLOAT16,
+                LPSGD_FLOAT8_E5M2)
+LPSGD_CUDA_WORK(lpsgd_cuda_float16_byte, uint16_t, uint8_t, lpsgd_cuda_single, LPSGD_FLOAT16,
+                LPSGD_FLOAT8_E5M2)
 
 #endif

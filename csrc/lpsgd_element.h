@@ -58,7 +58,8 @@ typedef struct lpsgd_scalars {
     float series[5]; /* (1 + r)^-rho = 1 + r (series[0] + r (series[1] + ...)), |r| < 1/16 */
     /* The same in double, for float64. */
     double momentum64, one_minus_momentum64, grad_factor64, decay64, step_size64, eps64, rho64;
-    int momentum_float32;
+    lpsgd_dtype momentum_dtype;
+    float momentum_scale, momentum_unscale; /* of float8_e5m2: 2^momentum_exponent and its inverse */
     int stochastic_rounding;
     uint64_t rounding_key; /* of seed and step */
 } lpsgd_scalars;
@@ -97,6 +98,13 @@ LPSGD_INLINE uint64_t lpsgd_mix(uint64_t x)
 LPSGD_INLINE uint64_t lpsgd_key(uint64_t key, uint64_t number)
 {
     return lpsgd_mix(key + 0x9e3779b97f4a7c15u * (number + 1));
+}
+
+/* The key of the random bytes that round a parameter's float8_e5m2, independent of the one of its
+ * bfloat16, lpsgd_key(rounding_key, stream). */
+LPSGD_INLINE uint64_t lpsgd_byte_key(uint64_t rounding_key, uint64_t stream)
+{
+    return lpsgd_key(lpsgd_key(rounding_key, 0x6d6f6d656e74u), stream);
 }
 
 /* 2^x for -1 <= x <= 0, by Taylor's series about -1/2. */
@@ -186,7 +194,9 @@ LPSGD_INLINE void lpsgd_fold_values(const lpsgd_hyper *hyper, lpsgd_scalars *k)
     k->eps = (float)k->eps64;
     lpsgd_fold_tables(rho, &k->tables);
     lpsgd_fold_series(rho, k->series);
-    k->momentum_float32 = hyper->momentum_float32 != 0;
+    k->momentum_dtype = hyper->momentum_dtype;
+    k->momentum_scale = lpsgd_float((127 + hyper->momentum_exponent) << 23);
+    k->momentum_unscale = lpsgd_float((127 - hyper->momentum_exponent) << 23);
     k->stochastic_rounding = hyper->stochastic_rounding != 0;
     k->rounding_key = lpsgd_key(lpsgd_mix(hyper->seed), hyper->step);
 }
@@ -374,6 +384,54 @@ LPSGD_INLINE uint16_t lpsgd_to_float16(float x)
     value = magnitude >= 0x47800000u ? 0x7c00u : value;
     value = magnitude > 0x7f800000u ? 0x7e00u : value;
     return (uint16_t)(bits >> 16 & 0x8000u) | (uint16_t)value;
+}
+
+/* float8_e5m2 is the upper half of a float16. */
+LPSGD_INLINE float lpsgd_from_float8(uint8_t b)
+{
+#ifdef __CUDA_ARCH__ /* in one instruction what takes 30 */
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((uint16_t)(b << 8)));
+    return x;
+#else
+    return lpsgd_from_float16((uint16_t)(b << 8));
+#endif
+}
+
+/* Rounded to float16, and from there stochastically by 8 random bits: mean exactly that float16.
+ * Saturates. */
+LPSGD_INLINE uint8_t lpsgd_to_float8_stochastic(float x, uint32_t random8)
+{
+#ifdef __CUDA_ARCH__
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+#else
+    const uint16_t half = lpsgd_to_float16(x);
+#endif
+    const uint32_t h = half, magnitude = h & 0x7fffu;
+    uint32_t rounded = magnitude + random8;
+    rounded = rounded > 0x7bffu ? 0x7bffu : rounded;
+    rounded = magnitude > 0x7c00u ? 0x7e00u : rounded;
+    return (uint8_t)((rounded | (h & 0x8000u)) >> 8);
+}
+
+/* The 8 random bits for element `index` under lpsgd_byte_key: a hash is shared by four elements, 16
+ * apart, so that vectors of up to 16 need no other order than its own. */
+LPSGD_INLINE uint32_t lpsgd_random_byte(uint64_t key, uint64_t index)
+{
+    return lpsgd_random(key, index >> 6 << 4 | (index & 15)) >> (index >> 4 & 3) * 8 & 0xffu;
+}
+
+/* m in float8_e5m2, of which 2^momentum_exponent times is kept; both products are exact or round what
+ * is too small for the format. */
+LPSGD_INLINE float lpsgd_momentum_of_float8(uint8_t b, const lpsgd_scalars *k)
+{
+    return lpsgd_from_float8(b) * k->momentum_unscale;
+}
+
+LPSGD_INLINE uint8_t lpsgd_momentum_to_float8(float m, uint32_t random8, const lpsgd_scalars *k)
+{
+    return lpsgd_to_float8_stochastic(m * k->momentum_scale, random8);
 }
 
 #endif

@@ -59,14 +59,18 @@ lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper)
         return LPSGD_ERROR_PIVOT;
     if (!(hyper->grad_scale > 0.0) || isinf(hyper->grad_scale))
         return LPSGD_ERROR_GRAD_SCALE;
+    if (hyper->momentum_exponent < -126 || hyper->momentum_exponent > 126)
+        return LPSGD_ERROR_MOMENTUM_EXPONENT;
     return LPSGD_OK;
 }
 
 lpsgd_status lpsgd_fold(const lpsgd_hyper *hyper, int has_momentum, lpsgd_scalars *k)
 {
     lpsgd_hyper checked = *hyper;
-    if (!has_momentum)
+    if (!has_momentum) {
         checked.momentum = 0.0;
+        checked.momentum_exponent = 0;
+    }
     const lpsgd_status status = lpsgd_check_hyper(&checked);
     if (status == LPSGD_OK)
         lpsgd_fold_values(&checked, k);
@@ -92,8 +96,10 @@ const char *lpsgd_status_text(lpsgd_status status)
         return "pivot must be > 0 and finite";
     case LPSGD_ERROR_GRAD_SCALE:
         return "grad_scale must be > 0 and finite";
+    case LPSGD_ERROR_MOMENTUM_EXPONENT:
+        return "momentum_exponent must be in [-126, 126]";
     case LPSGD_ERROR_DTYPE:
-        return "dtype must be one of lpsgd_dtype";
+        return "dtype must be one of lpsgd_dtype, and momentum_dtype one that goes with it";
     case LPSGD_ERROR_NUMEL:
         return "numel must be >= 0, and the total within int64";
     case LPSGD_ERROR_NULL:

@@ -13,7 +13,7 @@
 
 enum { LPSGD_DL_MAJOR = 1 };
 enum { LPSGD_DL_CPU = 1, LPSGD_DL_CUDA = 2 };
-enum { LPSGD_DL_UINT = 1, LPSGD_DL_FLOAT = 2, LPSGD_DL_BFLOAT = 4 };
+enum { LPSGD_DL_UINT = 1, LPSGD_DL_FLOAT = 2, LPSGD_DL_BFLOAT = 4, LPSGD_DL_FLOAT8_E5M2 = 12 };
 
 typedef struct lpsgd_dl_device {
     int32_t device_type;

@@ -180,15 +180,15 @@ static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_ta
     for (int cuda = 1; cuda >= 0; cuda--)
         for (int i = 0; i < groups->count && status == LPSGD_OK; i++) {
             const buffer_group *g = &groups->group[i];
-            const lpsgd_hyper *hyper = &sections[g->section].hyper;
+            const lpsgd_hyper hyper = section_hyper(&sections[g->section], g->dtype);
             if ((g->device.device_type == LPSGD_DL_CUDA) != cuda)
                 continue;
             if (cuda)
                 status = (has_momentum ? lpsgdm_cuda_step : lpsgd_cuda_step)(
-                    g->list, g->count, g->dtype, hyper, &targets[i]);
+                    g->list, g->count, g->dtype, &hyper, &targets[i]);
             else
                 status = (has_momentum ? lpsgdm_step : lpsgd_step)(g->list, g->count, g->dtype,
-                                                                   hyper, threads);
+                                                                   &hyper, threads);
         }
     return status;
 }
@@ -392,7 +392,6 @@ static int read_hyper(const torch_api *torch, const char *function, const argume
                       lpsgd_hyper *hyper, lpsgd_cuda_target *numbers, double *found_inf)
 {
     hyper->maximize = a->maximize;
-    hyper->momentum_float32 = a->momentum_float32;
     hyper->stochastic_rounding = a->seed != NULL;
     hyper->p = 2.0; /* where the GPU has the number */
     const struct {
@@ -462,7 +461,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
         result = lists.tuple[j] ? 0 : -1;
     }
     if (result == 0) {
-        const param_section all = {PyTuple_Size(lists.tuple[0]), hyper};
+        const param_section all = {PyTuple_Size(lists.tuple[0]), hyper, !a.momentum_float32};
         lists.sections = &all;
         lists.section_count = 1;
         result = step(own, &lists, &numbers, 1, !a.dry_run && found_inf == 0.0);

@@ -45,8 +45,9 @@ static int read_bool(PyObject *group, PyObject *key, int *truth)
 }
 
 static int read_hyper(const attribute_names *names, PyObject *group, int has_momentum,
-                      lpsgd_hyper *hyper)
+                      param_section *section)
 {
+    lpsgd_hyper *hyper = &section->hyper;
     *hyper = (lpsgd_hyper){.grad_scale = 1.0};
     const struct {
         PyObject *key;
@@ -67,7 +68,7 @@ static int read_hyper(const attribute_names *names, PyObject *group, int has_mom
         PyObject *dtype = get(group, names->momentum_dtype);
         if (!dtype)
             return -1;
-        hyper->momentum_float32 = dtype != Py_None; /* it can be nothing else */
+        section->own_momentum_dtype = dtype == Py_None; /* else it is float32 */
     }
     return answer;
 }
@@ -154,7 +155,7 @@ static int gather_group(gathering *g, PyObject *group, int observed, param_secti
         return params ? 0 : -1;
     int answer = read_options(g->names, group, observed);
     if (answer == 1)
-        answer = read_hyper(g->names, group, g->state != NULL, &section->hyper);
+        answer = read_hyper(g->names, group, g->state != NULL, section);
     Py_INCREF(params);
     for (Py_ssize_t i = 0; i < PyList_Size(params) && answer == 1; i++) {
         PyObject *param = Py_NewRef(PyList_GetItem(params, i));

@@ -50,21 +50,29 @@ static int check_type(const torch_api *torch, const tensor_place *at, PyObject *
     return -1;
 }
 
-static int dtype_of(const lpsgd_dl_dtype *type, lpsgd_dtype *dtype)
+enum { DTYPES = LPSGD_FLOAT8_E5M2 + 1 };
+static const lpsgd_dl_dtype dl_dtypes[DTYPES] = {
+    [LPSGD_FLOAT32] = {LPSGD_DL_FLOAT, 32, 1},
+    [LPSGD_FLOAT64] = {LPSGD_DL_FLOAT, 64, 1},
+    [LPSGD_BFLOAT16] = {LPSGD_DL_BFLOAT, 16, 1},
+    [LPSGD_FLOAT16] = {LPSGD_DL_FLOAT, 16, 1},
+    [LPSGD_FLOAT8_E5M2] = {LPSGD_DL_FLOAT8_E5M2, 8, 1},
+};
+
+static int same_dtypes(const lpsgd_dl_dtype *a, const lpsgd_dl_dtype *b)
 {
-    if (type->lanes != 1)
-        return -1;
-    if (type->code == LPSGD_DL_FLOAT && type->bits == 32)
-        *dtype = LPSGD_FLOAT32;
-    else if (type->code == LPSGD_DL_FLOAT && type->bits == 64)
-        *dtype = LPSGD_FLOAT64;
-    else if (type->code == LPSGD_DL_FLOAT && type->bits == 16)
-        *dtype = LPSGD_FLOAT16;
-    else if (type->code == LPSGD_DL_BFLOAT && type->bits == 16)
-        *dtype = LPSGD_BFLOAT16;
-    else
-        return -1;
-    return 0;
+    return memcmp(a, b, sizeof *a) == 0;
+}
+
+/* The dtype of a parameter, a number, or, if that is what is expected, a momentum buffer. */
+static int dtype_of(const lpsgd_dl_dtype *type, lpsgd_dtype expected, lpsgd_dtype *dtype)
+{
+    for (int i = 0; i < DTYPES; i++)
+        if (same_dtypes(type, &dl_dtypes[i]) && (i != LPSGD_FLOAT8_E5M2 || i == (int)expected)) {
+            *dtype = (lpsgd_dtype)i;
+            return 0;
+        }
+    return -1;
 }
 
 /* The number of elements, if they fill one stretch of memory with no gap or overlap, in whatever
@@ -108,8 +116,8 @@ int tensor_read(const torch_api *torch, const tensor_place *at, PyObject *tensor
     return 0;
 }
 
-int tensor_check_kind(const tensor_place *at, PyObject *tensor, const lpsgd_dl_tensor *read,
-                      lpsgd_dtype *dtype, int64_t *numel)
+static int check_kind(const tensor_place *at, PyObject *tensor, const lpsgd_dl_tensor *read,
+                      lpsgd_dtype expected, lpsgd_dtype *dtype, int64_t *numel)
 {
     const int device_type = read->device.device_type;
     if (device_type != LPSGD_DL_CPU && !(device_type == LPSGD_DL_CUDA && lpsgd_cuda_version())) {
@@ -122,7 +130,7 @@ int tensor_check_kind(const tensor_place *at, PyObject *tensor, const lpsgd_dl_t
         Py_DECREF(device);
         return -1;
     }
-    if (dtype_of(&read->dtype, dtype)) {
+    if (dtype_of(&read->dtype, expected, dtype)) {
         PyObject *name = PyObject_GetAttrString(tensor, "dtype");
         if (!name)
             return -1;
@@ -138,6 +146,12 @@ int tensor_check_kind(const tensor_place *at, PyObject *tensor, const lpsgd_dl_t
         return refuse(at, PyExc_ValueError,
                       "is not dense: its elements overlap or leave gaps in memory");
     return 0;
+}
+
+int tensor_check_kind(const tensor_place *at, PyObject *tensor, const lpsgd_dl_tensor *read,
+                      lpsgd_dtype *dtype, int64_t *numel)
+{
+    return check_kind(at, tensor, read, LPSGD_FLOAT32, dtype, numel);
 }
 
 static int same_sizes(const lpsgd_dl_tensor *a, const lpsgd_dl_tensor *b)
@@ -158,20 +172,26 @@ static int same_order(const lpsgd_dl_tensor *a, const lpsgd_dl_tensor *b)
 }
 
 int tensor_check_match(const tensor_place *at, PyObject *tensor, const lpsgd_dl_tensor *param,
-                       const lpsgd_dl_tensor *other, lpsgd_dl_dtype expected, int64_t numel)
+                       const lpsgd_dl_tensor *other, lpsgd_dtype expected, int64_t numel)
 {
-    const int same_dtype = memcmp(&expected, &other->dtype, sizeof expected) == 0;
+    static const char *const is_not[DTYPES] = {
+        [LPSGD_FLOAT32] = "is not float32",
+        [LPSGD_BFLOAT16] = "is not bfloat16",
+        [LPSGD_FLOAT8_E5M2] = "is not float8_e5m2",
+    };
+    const int same_dtype = same_dtypes(&dl_dtypes[expected], &other->dtype);
     const int same_device = memcmp(&param->device, &other->device, sizeof param->device) == 0;
     const int same_shape = param->ndim == other->ndim && same_sizes(param, other);
     if (same_dtype && same_device && same_shape && (!numel || same_order(param, other)))
         return 0;
     lpsgd_dtype dtype;
-    if (tensor_check_kind(at, tensor, other, &dtype, &numel))
+    if (check_kind(at, tensor, other, expected, &dtype, &numel))
         return -1;
     if (!same_dtype)
         return refuse(at, PyExc_TypeError,
-                      expected.bits != param->dtype.bits ? "is not float32"
-                                                         : "differs from the parameter in dtype");
+                      same_dtypes(&dl_dtypes[expected], &param->dtype)
+                          ? "differs from the parameter in dtype"
+                          : is_not[expected]);
     return refuse(at, PyExc_ValueError,
                   !same_device  ? "differs from the parameter in device"
                   : !same_shape ? "differs from the parameter in shape"
@@ -271,7 +291,7 @@ int cuda_number(const torch_api *torch, PyObject *object, lpsgd_device_number *n
         return 0;
     }
     if (tensor.device.device_type != LPSGD_DL_CUDA || !tensor.data ||
-        dtype_of(&tensor.dtype, &number->dtype) || dense_numel(&tensor) != 1)
+        dtype_of(&tensor.dtype, LPSGD_FLOAT32, &number->dtype) || dense_numel(&tensor) != 1)
         return 0;
     if (truth_of(call(&torch->is_neg, object))) { /* its memory holds another number, or -1 */
         PyErr_Clear();

@@ -28,9 +28,10 @@ int tensor_check_kind(const tensor_place *at, PyObject *tensor, const lpsgd_dl_t
                       lpsgd_dtype *dtype, int64_t *numel);
 
 /* Refuses what does not match the parameter of the same index, which has `numel` elements, element for
- * element. `expected`: its dtype. */
+ * element. `expected`: its dtype; unless that is the parameter's, one that a momentum buffer may have
+ * beside it. */
 int tensor_check_match(const tensor_place *at, PyObject *tensor, const lpsgd_dl_tensor *param,
-                       const lpsgd_dl_tensor *other, lpsgd_dl_dtype expected, int64_t numel);
+                       const lpsgd_dl_tensor *other, lpsgd_dtype expected, int64_t numel);
 
 /* Refuses memory that is not what it seems; numel > 0. Calls PyTorch, where other threads may run.
  * *inference says whether it is an inference tensor, which may be written to in inference mode

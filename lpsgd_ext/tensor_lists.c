@@ -73,20 +73,19 @@ static int check_memory(const torch_api *torch, const tensor_place *at, PyObject
  * which are the tensors' own, are compared before check_memory calls PyTorch, where other threads may
  * run. */
 static int read_row(const torch_api *torch, const tensor_lists *lists, Py_ssize_t i,
-                    int momentum_float32, checked_lists *checked, lpsgd_dl_tensor *row,
+                    const param_section *section, checked_lists *checked, lpsgd_dl_tensor *row,
                     lpsgd_dtype *dtype, int64_t *numel)
 {
-    static const lpsgd_dl_dtype single = {LPSGD_DL_FLOAT, 32, 1};
     PyObject *tensor[MAX_LISTS]; /* borrowed from the tuples */
     for (int j = 0; j < lists->count; j++) {
         const tensor_place at = {lists->function, lists->name[j], i};
         tensor[j] = PyTuple_GetItem(lists->tuple[j], i);
         if (!tensor[j] || tensor_read(torch, &at, tensor[j], &row[j]))
             return -1;
-        const int wide = j == 2 && momentum_float32 && row[0].dtype.bits == 16;
         if (j == 0 ? tensor_check_kind(&at, tensor[0], row, dtype, numel)
-                   : tensor_check_match(&at, tensor[j], row, &row[j],
-                                        wide ? single : row[0].dtype, *numel))
+                   : tensor_check_match(
+                         &at, tensor[j], row, &row[j],
+                         j == 2 ? section_hyper(section, *dtype).momentum_dtype : *dtype, *numel))
             return -1;
     }
     for (int j = 0; j < lists->count; j++) {
@@ -177,8 +176,7 @@ int tensor_lists_read(const torch_api *torch, remembered *calls, const tensor_li
         uint64_t stream, index;
         while (i == lists->sections[section].end)
             section++;
-        if (read_row(torch, lists, i, lists->sections[section].hyper.momentum_float32, checked, row,
-                     &dtype, &numel) ||
+        if (read_row(torch, lists, i, &lists->sections[section], checked, row, &dtype, &numel) ||
             read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
             read_number(lists, "offsets", lists->indices, i, 0, &index))
             goto done;

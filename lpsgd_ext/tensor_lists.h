@@ -11,11 +11,23 @@
 
 enum { MAX_LISTS = 3, MAX_GROUPS = 256 };
 
-/* Parameters that are stepped alike: those from the end of the section before to `end`. */
+/* Parameters that are stepped alike: those from the end of the section before to `end`. If
+ * `own_momentum_dtype`, momentum buffers have their parameter's dtype, whatever hyper says, as those of
+ * float64 parameters always have. */
 typedef struct param_section {
     Py_ssize_t end;
     lpsgd_hyper hyper;
+    int own_momentum_dtype;
 } param_section;
+
+/* The hyper-parameters of a section's parameters of dtype. */
+static inline lpsgd_hyper section_hyper(const param_section *section, lpsgd_dtype dtype)
+{
+    lpsgd_hyper hyper = section->hyper;
+    if (section->own_momentum_dtype || dtype == LPSGD_FLOAT64)
+        hyper.momentum_dtype = dtype;
+    return hyper;
+}
 
 /* Parallel tuples of tensors, params first; `written` says which a step writes to. Owns
  * references, so that tensors outlive a step although other threads may change the lists. */

@@ -33,6 +33,11 @@ KERNELS = {
     "lpsgd_cuda_float16": (2, 2),
     "lpsgd_cuda_bfloat16_wide": (2, 4),
     "lpsgd_cuda_float16_wide": (2, 4),
+    "lpsgd_cuda_float32_half": (4, 2),
+    "lpsgd_cuda_float16_half": (2, 2),
+    "lpsgd_cuda_float32_byte": (4, 1),
+    "lpsgd_cuda_bfloat16_byte": (2, 1),
+    "lpsgd_cuda_float16_byte": (2, 1),
 }
 
 
@@ -257,7 +262,7 @@ PIPES = {
         64,
         {
             *("IADD3", "VIADD", "ISETP", "LEA", "LOP3", "MOV", "PLOP3", "PRMT", "SEL", "SHF"),
-            *("FSEL", "FSETP", "F2FP", "I2FP", "CS2R", "P2R"),
+            *("VIADDMNMX", "FSEL", "FSETP", "F2FP", "I2FP", "CS2R", "P2R"),
         },
     ),
     "FP64": (64, {"DADD", "DMUL", "DFMA", "DSETP"}),

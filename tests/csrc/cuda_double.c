@@ -84,6 +84,11 @@ static struct CUkern_st kernels[LPSGD_CUDA_KERNELS] = {
     DOUBLE_KERNEL(LPSGD_CUDA_FLOAT16, lpsgd_cuda_float16, uint16_t, uint16_t),
     DOUBLE_KERNEL(LPSGD_CUDA_BFLOAT16_WIDE, lpsgd_cuda_bfloat16_wide, uint16_t, float),
     DOUBLE_KERNEL(LPSGD_CUDA_FLOAT16_WIDE, lpsgd_cuda_float16_wide, uint16_t, float),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT32_HALF, lpsgd_cuda_float32_half, float, uint16_t),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT16_HALF, lpsgd_cuda_float16_half, uint16_t, uint16_t),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT32_BYTE, lpsgd_cuda_float32_byte, float, uint8_t),
+    DOUBLE_KERNEL(LPSGD_CUDA_BFLOAT16_BYTE, lpsgd_cuda_bfloat16_byte, uint16_t, uint8_t),
+    DOUBLE_KERNEL(LPSGD_CUDA_FLOAT16_BYTE, lpsgd_cuda_float16_byte, uint16_t, uint8_t),
     [LPSGD_CUDA_FOLD] = {"lpsgd_cuda_fold_scalars", NULL, 0, 0, sizeof(lpsgd_cuda_fold_arguments)},
 };
 

@@ -26,6 +26,11 @@ GRID_THREAD(lpsgd_cuda_bfloat16)
 GRID_THREAD(lpsgd_cuda_float16)
 GRID_THREAD(lpsgd_cuda_bfloat16_wide)
 GRID_THREAD(lpsgd_cuda_float16_wide)
+GRID_THREAD(lpsgd_cuda_float32_half)
+GRID_THREAD(lpsgd_cuda_float16_half)
+GRID_THREAD(lpsgd_cuda_float32_byte)
+GRID_THREAD(lpsgd_cuda_bfloat16_byte)
+GRID_THREAD(lpsgd_cuda_float16_byte)
 
 static inline grid_thread *grid_thread_of(test_kind kind)
 {
@@ -33,6 +38,9 @@ static inline grid_thread *grid_thread_of(test_kind kind)
         lpsgd_cuda_float32_thread,       lpsgd_cuda_float64_thread,
         lpsgd_cuda_bfloat16_thread,      lpsgd_cuda_float16_thread,
         lpsgd_cuda_bfloat16_wide_thread, lpsgd_cuda_float16_wide_thread,
+        lpsgd_cuda_float32_half_thread,  lpsgd_cuda_float16_half_thread,
+        lpsgd_cuda_float32_byte_thread,  lpsgd_cuda_bfloat16_byte_thread,
+        lpsgd_cuda_float16_byte_thread,
     };
     int i = 0;
     while (kinds[i].dtype != kind.dtype || kinds[i].momentum_dtype != kind.momentum_dtype)
@@ -70,7 +78,9 @@ static inline lpsgd_status grid_step_list(test_list *list, const lpsgd_hyper *hy
                                           int has_momentum, int most_blocks)
 {
     static lpsgd_cuda_step_arguments a;
-    const lpsgd_status status = lpsgd_fold(hyper, has_momentum, &a.common.scalars);
+    lpsgd_hyper of_kind = *hyper;
+    of_kind.momentum_dtype = list->kind.momentum_dtype;
+    const lpsgd_status status = lpsgd_fold(&of_kind, has_momentum, &a.common.scalars);
     if (status == LPSGD_OK)
         run_grids(&a, list, has_momentum, most_blocks);
     return status;

@@ -80,6 +80,7 @@ static lpsgd_hyper take_hyper(source *from)
     const uint64_t flags = take(from, 1);
     hyper.maximize = flags & 1;
     hyper.stochastic_rounding = flags & 2;
+    hyper.momentum_exponent = (int)(take(from, 1) % 256) - 128;
     hyper.seed = take(from, 8);
     hyper.step = take(from, 8);
     return hyper;
@@ -196,6 +197,8 @@ static unsigned reasons_of(const lpsgd_hyper *h, int has_momentum)
     reasons |= (unsigned)!(h->eps >= 0) << LPSGD_ERROR_EPS;
     reasons |= (unsigned)!(h->pivot > 0 && h->pivot < INFINITY) << LPSGD_ERROR_PIVOT;
     reasons |= (unsigned)!(h->grad_scale > 0 && h->grad_scale < INFINITY) << LPSGD_ERROR_GRAD_SCALE;
+    reasons |= (unsigned)(has_momentum && abs(h->momentum_exponent) > 126)
+               << LPSGD_ERROR_MOMENTUM_EXPONENT;
     return reasons;
 }
 
@@ -210,7 +213,7 @@ static unsigned damage(lists *all, lpsgd_dtype *dtype, int has_momentum, source 
                                   : &b->param;
     switch (which % 5) {
     case 0:
-        *dtype = (lpsgd_dtype)(4 + take(from, 3));
+        *dtype = (lpsgd_dtype)(LPSGD_FLOAT8_E5M2 + take(from, 3));
         return 1u << LPSGD_ERROR_DTYPE;
     case 1:
         all->count = -1 - (int64_t)take(from, 7);
@@ -226,7 +229,7 @@ static unsigned damage(lists *all, lpsgd_dtype *dtype, int has_momentum, source 
         *pointer = NULL;
         return 1u << LPSGD_ERROR_NULL;
     default:
-        if (!all->count || !b->numel)
+        if (!all->count || !b->numel || (array == 2 && all->kind.momentum_dtype == LPSGD_FLOAT8_E5M2))
             return 0;
         *pointer = (char *)*pointer + lpsgd_itemsize(array == 2 ? all->kind.momentum_dtype : *dtype) / 2;
         return 1u << LPSGD_ERROR_ALIGNMENT;
@@ -299,7 +302,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     lists all = take_lists(&from);
     lpsgd_dtype dtype = all.kind.dtype;
-    hyper.momentum_float32 = all.kind.momentum_dtype == LPSGD_FLOAT32;
+    hyper.momentum_dtype = all.kind.momentum_dtype;
     const int64_t count = all.count;
     unsigned reasons = reasons_of(&hyper, has_momentum);
     check(!reasons_of(&hyper, 1) == (lpsgd_check_hyper(&hyper) == LPSGD_OK), "check_hyper");

@@ -31,6 +31,7 @@ static inline float_format format_of(lpsgd_dtype dtype)
         [LPSGD_FLOAT64] = {"float64", 8, 11, 52},
         [LPSGD_BFLOAT16] = {"bfloat16", 2, 8, 7},
         [LPSGD_FLOAT16] = {"float16", 2, 5, 10},
+        [LPSGD_FLOAT8_E5M2] = {"float8_e5m2", 1, 5, 2},
     };
     return formats[dtype];
 }
@@ -72,6 +73,8 @@ static inline uint64_t random_element(uint64_t *state, float_format f, unsigned 
 
 static inline uint64_t load_bits(const void *buffer, float_format f, int64_t i)
 {
+    if (f.size == 1)
+        return ((const uint8_t *)buffer)[i];
     if (f.size == 2)
         return ((const uint16_t *)buffer)[i];
     return f.size == 4 ? ((const uint32_t *)buffer)[i] : ((const uint64_t *)buffer)[i];
@@ -79,7 +82,9 @@ static inline uint64_t load_bits(const void *buffer, float_format f, int64_t i)
 
 static inline void store_bits(void *buffer, float_format f, int64_t i, uint64_t bits)
 {
-    if (f.size == 2)
+    if (f.size == 1)
+        ((uint8_t *)buffer)[i] = (uint8_t)bits;
+    else if (f.size == 2)
         ((uint16_t *)buffer)[i] = (uint16_t)bits;
     else if (f.size == 4)
         ((uint32_t *)buffer)[i] = (uint32_t)bits;
@@ -97,6 +102,7 @@ static const lpsgd_hyper usual = {
     .eps = 1e-8,
     .pivot = 1.0,
     .grad_scale = 1.0,
+    .momentum_exponent = 3,
 };
 
 static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
@@ -106,7 +112,9 @@ enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 + 4 };
 static inline lpsgd_hyper hyper_number(int i)
 {
     static const double eps[] = {1e-8, 0.0, 1e30};
+    static const int exponents[] = {15, 0, -5, 126, -126};
     lpsgd_hyper hyper = usual;
+    hyper.momentum_exponent = exponents[i % 5];
     if (i >= hyper_count - 4) {
         hyper.lr = i % 2 ? 0.0 : 0.01;
         hyper.grad_scale = i / 2 % 2 ? 3.0 : 65536.0;
@@ -129,11 +137,14 @@ typedef struct test_kind {
 } test_kind;
 
 /* The first four have one dtype each, in the order of lpsgd_dtype. */
-enum { kind_count = 6 };
+enum { kind_count = 11 };
 static const test_kind kinds[kind_count] = {
-    {LPSGD_FLOAT32, LPSGD_FLOAT32},   {LPSGD_FLOAT64, LPSGD_FLOAT64},
-    {LPSGD_BFLOAT16, LPSGD_BFLOAT16}, {LPSGD_FLOAT16, LPSGD_FLOAT16},
-    {LPSGD_BFLOAT16, LPSGD_FLOAT32},  {LPSGD_FLOAT16, LPSGD_FLOAT32},
+    {LPSGD_FLOAT32, LPSGD_FLOAT32},      {LPSGD_FLOAT64, LPSGD_FLOAT64},
+    {LPSGD_BFLOAT16, LPSGD_BFLOAT16},    {LPSGD_FLOAT16, LPSGD_FLOAT16},
+    {LPSGD_BFLOAT16, LPSGD_FLOAT32},     {LPSGD_FLOAT16, LPSGD_FLOAT32},
+    {LPSGD_FLOAT32, LPSGD_BFLOAT16},     {LPSGD_FLOAT16, LPSGD_BFLOAT16},
+    {LPSGD_FLOAT32, LPSGD_FLOAT8_E5M2},  {LPSGD_BFLOAT16, LPSGD_FLOAT8_E5M2},
+    {LPSGD_FLOAT16, LPSGD_FLOAT8_E5M2},
 };
 
 /* A list of buffers that lie in one piece of memory, each between guard zones. */
@@ -225,7 +236,7 @@ static inline lpsgd_status step_list(test_list *list, const lpsgd_hyper *hyper, 
                                      int num_threads)
 {
     lpsgd_hyper of_kind = *hyper;
-    of_kind.momentum_float32 = list->kind.momentum_dtype == LPSGD_FLOAT32;
+    of_kind.momentum_dtype = list->kind.momentum_dtype;
     return (has_momentum ? lpsgdm_step : lpsgd_step)(list->buffers, list->count, list->kind.dtype,
                                                      &of_kind, num_threads);
 }

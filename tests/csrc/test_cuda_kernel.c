@@ -176,14 +176,14 @@ static void step_with_device_numbers(test_list *list, const lpsgd_hyper *hyper, 
     lpsgd_device_number *const places[] = {&fold.lr, &fold.p, &fold.weight_decay, &fold.grad_scale};
     double *const values[] = {&fold.hyper.lr, &fold.hyper.p, &fold.hyper.weight_decay,
                               &fold.hyper.grad_scale};
-    fold.hyper.momentum_float32 = list->kind.momentum_dtype == LPSGD_FLOAT32;
+    fold.hyper.momentum_dtype = list->kind.momentum_dtype;
     for (int i = 0; i < 4; i++)
         if (mask >> i & 1) {
             store_bits(&memory[i], format_of(dtype), 0, numbers[i]->bits[dtype]);
             *places[i] = (lpsgd_device_number){&memory[i], dtype};
             *values[i] = 4.5; /* not to be read */
         }
-    assert_int_equal(lpsgd_fold(hyper, 1, &a.common.scalars), LPSGD_OK);
+    assert_int_equal(lpsgd_fold(&fold.hyper, 1, &a.common.scalars), LPSGD_OK);
     fold.result = malloc((size_t)lpsgd_cuda_scratch_size());
     assert_non_null(fold.result);
     lpsgd_cuda_fold(&fold);
@@ -280,6 +280,7 @@ static void test_tensors_may_have_more_than_2_to_the_31_elements(void **state)
     lpsgd_buffer whole = {array[0], array[1], array[2], numel, 5, (uint64_t)two31 - 100};
     test_list list = {.kind = kinds[LPSGD_BFLOAT16], .count = 1, .buffers = &whole};
     int64_t done = 0;
+    hyper.momentum_dtype = list.kind.momentum_dtype;
     assert_int_equal(lpsgd_fold(&hyper, 1, &a.common.scalars), LPSGD_OK);
     lpsgd_cuda_fill(&a, list.buffers, list.count, 2, 1, &done);
     assert_int_equal(a.common.tiles, two31 / tile + 2);

@@ -152,10 +152,10 @@ static void assert_no_byte_beside_the_arrays_is_touched(side where)
         lpsgd_hyper hyper = usual;
         hyper.p = rules[i % 4].p;
         hyper.lr = rules[i % 4].lr;
-        hyper.momentum_float32 = kind.momentum_dtype == LPSGD_FLOAT32;
+        hyper.momentum_dtype = kind.momentum_dtype;
         assert_pieces_are_stepped_as_the_whole(kind, &hyper, i / 4 % 2, where);
         hyper.stochastic_rounding = 1;
-        if (kind.dtype == LPSGD_BFLOAT16)
+        if (kind.dtype == LPSGD_BFLOAT16 || kind.momentum_dtype == LPSGD_BFLOAT16)
             assert_pieces_are_stepped_as_the_whole(kind, &hyper, i / 4 % 2, where);
     }
 }

@@ -5,6 +5,7 @@
  */
 #include "plain_loop.h"
 
+#include <limits.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -260,6 +261,164 @@ static void test_stochastic_rounding_keeps_the_mean(void **state)
         }
 }
 
+/* The mean is that of float16, whatever the number: normal, subnormal, near the largest. */
+static void test_float8_rounding_keeps_the_mean(void **state)
+{
+    (void)state;
+    enum { numel = 1000000 };
+    static const float numbers[] = {1.0f,     1.0009765625f, -1.1f,    -0x1.fcp-3f, 0x1.5p-15f,
+                                    0x1p-17f, -0x1.8p-24f,   50000.0f, 57343.0f,    0x1.2p-16f};
+    for (int f = 0; f < 10; f++)
+        for (uint64_t step = 0; step < 3; step++) {
+            const float x = numbers[f], half = lpsgd_from_float16(lpsgd_to_float16(x));
+            const uint64_t key = lpsgd_byte_key(lpsgd_key(lpsgd_mix(1), step), 2);
+            const uint8_t low = (uint8_t)(lpsgd_to_float16(x) >> 8);
+            const double from = (double)lpsgd_from_float8(low);
+            const double to = (double)lpsgd_from_float8((uint8_t)(low + 1));
+            int64_t away = 0;
+            for (uint64_t i = 0; i < numel; i++) {
+                const uint8_t b = lpsgd_to_float8_stochastic(x, lpsgd_random_byte(key, i));
+                assert_in_range(b, low, low + 1);
+                away += b != low;
+            }
+            const double probability = ((double)half - from) / (to - from);
+            const double deviation = sqrt(numel * probability * (1.0 - probability));
+            assert_true(fabs((double)away - numel * probability) <= 4.0 * deviation);
+        }
+}
+
+/* What E5M2 holds stays, whatever the random bits; what it does not is one of its neighbours; beyond
+ * the largest number it saturates. */
+static void test_float8_rounding_leaves_what_is_exact_and_saturates(void **state)
+{
+    (void)state;
+    for (uint32_t random8 = 0; random8 < 256; random8++) {
+        for (uint32_t b = 0; b < 256; b++) {
+            const float x = lpsgd_from_float8((uint8_t)b);
+            const uint32_t expected = isnan(x)   ? (b & 0x80) | 0x7e
+                                      : isinf(x) ? b - 1
+                                                 : b;
+            const uint8_t rounded = lpsgd_to_float8_stochastic(x, random8);
+            assert_int_equal(isnan(x) ? rounded & 0x7f : rounded, isnan(x) ? 0x7e : expected);
+        }
+        static const float large[] = {57344.0f, 57345.0f, 61440.0f, 65504.0f, 65520.0f, 1e30f, INFINITY};
+        for (int i = 0; i < 7; i++) {
+            assert_int_equal(lpsgd_to_float8_stochastic(large[i], random8), 0x7b);
+            assert_int_equal(lpsgd_to_float8_stochastic(-large[i], random8), 0xfb);
+        }
+        for (uint32_t h = 0; h < 0x7c00; h++) {
+            const float x = lpsgd_from_float16((uint16_t)h);
+            const uint32_t up = (h & 0xff) + random8 > 0xff && h < 0x7b00;
+            assert_int_equal(lpsgd_to_float8_stochastic(x, random8), (h >> 8) + up);
+            assert_int_equal(lpsgd_to_float8_stochastic(-x, random8), (h >> 8 | 0x80) + up);
+        }
+    }
+    assert_int_equal(lpsgd_to_float8_stochastic(0x1p-25f, 255), 0); /* float16 has it as 0 */
+    assert_int_equal(lpsgd_to_float8_stochastic(-0x1p-149f, 255), 0x80);
+}
+
+/* Every exponent: a buffer's numbers are read exactly, and kept where nothing moves them. */
+static void test_every_momentum_exponent_keeps_what_a_buffer_holds(void **state)
+{
+    (void)state;
+    for (int exponent = -126; exponent <= 126; exponent++) {
+        lpsgd_hyper hyper = usual;
+        lpsgd_scalars k;
+        hyper.momentum_exponent = exponent;
+        assert_int_equal(lpsgd_fold(&hyper, 1, &k), LPSGD_OK);
+        for (uint32_t b = 0; b < 256; b++) {
+            const float m = lpsgd_momentum_of_float8((uint8_t)b, &k);
+            const double real = ldexp((double)lpsgd_from_float8((uint8_t)b), -exponent);
+            if (isnan(m) || !(fabs(real) < 0x1p128))
+                continue; /* beyond float32, as no step leaves it */
+            assert_true((double)m == real);
+            assert_int_equal(!signbit(m), b < 0x80);
+            assert_int_equal(lpsgd_momentum_to_float8(m, 255, &k), b);
+        }
+    }
+}
+
+/* Between neighbours, steps, streams, seeds, distant indices, the elements of one hash, and with what
+ * rounds bfloat16 the bits of bytes agree as often as coins do. */
+static void test_random_bytes_are_independent(void **state)
+{
+    (void)state;
+    enum { numel = 1 << 18, pairs = 12 };
+    int64_t equal[pairs][8] = {{0}};
+    const uint64_t rounding_key = lpsgd_key(lpsgd_mix(0), 0), key = lpsgd_byte_key(rounding_key, 0);
+    for (uint64_t i = 0; i < numel; i++) {
+        const uint32_t r = lpsgd_random_byte(key, i), bits = lpsgd_random(lpsgd_key(rounding_key, 0), i);
+        const uint32_t others[pairs] = {
+            lpsgd_random_byte(key, i + 1),
+            lpsgd_random_byte(key, i + 16),
+            lpsgd_random_byte(key, i + 32),
+            lpsgd_random_byte(key, i + 64),
+            lpsgd_random_byte(key, i + (UINT64_C(1) << 32)),
+            lpsgd_random_byte(key, i + (UINT64_C(1) << 34)),
+            lpsgd_random_byte(lpsgd_byte_key(lpsgd_key(lpsgd_mix(0), 1), 0), i),
+            lpsgd_random_byte(lpsgd_byte_key(rounding_key, 1), i),
+            lpsgd_random_byte(lpsgd_byte_key(lpsgd_key(lpsgd_mix(1), 0), 0), i),
+            bits,
+            bits >> 16,
+            0,
+        };
+        for (int j = 0; j < pairs; j++)
+            for (int bit = 0; bit < 8; bit++)
+                equal[j][bit] += ~(r ^ others[j]) >> bit & 1;
+    }
+    for (int j = 0; j < pairs; j++)
+        for (int bit = 0; bit < 8; bit++)
+            assert_in_range(equal[j][bit], numel / 2 - 5 * 256, numel / 2 + 5 * 256);
+}
+
+/* The definition in numbers, so that no other order of the bytes passes. */
+static void test_random_bytes_are_these_of_the_hash(void **state)
+{
+    (void)state;
+    static const uint64_t bases[] = {0, 64, 1000 * 64, (UINT64_C(1) << 34) - 64, UINT64_C(1) << 40};
+    for (int b = 0; b < 5; b++)
+        for (uint64_t i = 0; i < 64; i++) {
+            const uint32_t hash = lpsgd_random(7, bases[b] / 4 + i % 16);
+            assert_int_equal(lpsgd_random_byte(7, bases[b] + i), hash >> 8 * (i / 16) & 0xff);
+        }
+    /* No two streams or steps, nor a stream and the step, share a key by their constants. */
+    assert_true(lpsgd_byte_key(1, 2) == lpsgd_key(lpsgd_key(1, 0x6d6f6d656e74), 2));
+}
+
+/* A piece that begins at any element is stepped as a part of the whole: every offset, every length up to a
+ * block and a bit. */
+static void test_pieces_may_begin_anywhere(void **state)
+{
+    (void)state;
+    enum { numel = 200 };
+    const int64_t whole = numel;
+    lpsgd_hyper hyper = usual;
+    hyper.stochastic_rounding = 1;
+    for (int d = 0; d < kind_count; d++) {
+        const float_format f = format_of(kinds[d].dtype), m = format_of(kinds[d].momentum_dtype);
+        test_list start = make_list(kinds[d], &whole, 1, 0, 11), expected = copy_list(&start);
+        assert_int_equal(step_list(&expected, &hyper, 1, 1), LPSGD_OK);
+        for (int64_t first = 0; first < 130; first++) {
+            test_list cut = copy_list(&start);
+            const lpsgd_buffer all = cut.buffers[0];
+            for (int part = 0; part < 3; part++) {
+                const int64_t ends[] = {0, first, first + (first * 7 + 1) % 70, numel};
+                lpsgd_buffer *b = cut.buffers;
+                b->numel = ends[part + 1] - ends[part];
+                b->index = (uint64_t)ends[part];
+                b->param = (char *)all.param + ends[part] * f.size;
+                b->grad = (const char *)all.grad + ends[part] * f.size;
+                b->momentum_buffer = (char *)all.momentum_buffer + ends[part] * m.size;
+                assert_int_equal(step_list(&cut, &hyper, 1, 1), LPSGD_OK);
+            }
+            assert_true(same_list(&cut, &expected));
+            free_list(&cut);
+        }
+        free_list(&start);
+        free_list(&expected);
+    }
+}
+
 /* Between neighbours, steps, streams, seeds, halves and distant indices the bits agree as often as
  * coins do. */
 static void test_random_bits_are_independent(void **state)
@@ -355,8 +514,11 @@ static void spoil(call *c, lpsgd_status with)
     case LPSGD_ERROR_GRAD_SCALE:
         c->hyper.grad_scale = 0.0;
         break;
+    case LPSGD_ERROR_MOMENTUM_EXPONENT:
+        c->hyper.momentum_exponent = 127;
+        break;
     case LPSGD_ERROR_DTYPE:
-        c->dtype = (lpsgd_dtype)4;
+        c->dtype = (lpsgd_dtype)5;
         break;
     case LPSGD_ERROR_NUMEL:
         last->numel = -1;
@@ -370,6 +532,12 @@ static void spoil(call *c, lpsgd_status with)
     }
 }
 
+/* What LPSGD does not read. */
+static int is_of_momentum(int status)
+{
+    return status == LPSGD_ERROR_MOMENTUM || status == LPSGD_ERROR_MOMENTUM_EXPONENT;
+}
+
 static void test_a_refused_step_names_the_first_error_and_writes_nothing(void **state)
 {
     (void)state;
@@ -380,9 +548,9 @@ static void test_a_refused_step_names_the_first_error_and_writes_nothing(void **
                 spoil(&c, (lpsgd_status)first);
                 if (second != first)
                     spoil(&c, (lpsgd_status)second);
-                int expected = first ? first : second;
-                if (expected == LPSGD_ERROR_MOMENTUM && !has_momentum) /* not read */
-                    expected = second == LPSGD_ERROR_MOMENTUM ? LPSGD_OK : second;
+                const int unread = !has_momentum && is_of_momentum(first);
+                const int unread_too = !has_momentum && is_of_momentum(second);
+                const int expected = first && !unread ? first : unread_too ? LPSGD_OK : second;
                 assert_answer(&c, has_momentum, (lpsgd_status)expected);
                 if (expected < LPSGD_ERROR_DTYPE && has_momentum)
                     assert_int_equal(lpsgd_check_hyper(&c.hyper), expected);
@@ -415,6 +583,40 @@ static void test_every_value_outside_a_range_is_refused(void **state)
             assert_answer(&c, 0, r == 2 ? LPSGD_OK : ranges[r].status);
         }
     free_list(&c.list);
+}
+
+static void test_exponents_outside_the_range_are_refused(void **state)
+{
+    (void)state;
+    static const int bad[] = {-127, 127, INT_MIN, INT_MAX};
+    call c = good_call();
+    for (int i = 0; i < 4; i++) {
+        c.hyper = usual;
+        c.hyper.momentum_exponent = bad[i];
+        assert_answer(&c, 1, LPSGD_ERROR_MOMENTUM_EXPONENT);
+        assert_answer(&c, 0, LPSGD_OK);
+    }
+    free_list(&c.list);
+}
+
+/* Every pair of dtypes, and what is none. */
+static void test_dtypes_that_do_not_go_together_are_refused(void **state)
+{
+    (void)state;
+    const int64_t numel = 40;
+    for (int i = 0; i < 7 * 7; i++) {
+        const test_kind kind = {(lpsgd_dtype)(i / 7 - 1), (lpsgd_dtype)(i % 7 - 1)};
+        int known = 0, is_param = 0;
+        for (int d = 0; d < kind_count; d++) {
+            known |= kinds[d].dtype == kind.dtype && kinds[d].momentum_dtype == kind.momentum_dtype;
+            is_param |= kinds[d].dtype == kind.dtype;
+        }
+        call c = {make_list(kinds[1], &numel, 1, 0, 7), usual, kind.dtype};
+        c.hyper.momentum_dtype = kind.momentum_dtype;
+        assert_answer(&c, 0, is_param ? LPSGD_OK : LPSGD_ERROR_DTYPE);
+        assert_answer(&c, 1, known ? LPSGD_OK : LPSGD_ERROR_DTYPE);
+        free_list(&c.list);
+    }
 }
 
 static void test_lists_that_are_no_lists_are_refused(void **state)
@@ -455,7 +657,7 @@ static void test_status_texts_name_the_argument(void **state)
 {
     (void)state;
     static const char *const names[] = {"no error", "lr",         "p ",    "momentum", "weight_decay",
-                                        "eps",      "pivot",      "grad_scale", "dtype", "numel",
+                                        "eps",      "pivot",      "grad_scale", "momentum_exponent", "dtype", "numel",
                                         "NULL",     "aligned",    "CUDA",  "unknown"};
     for (int status = LPSGD_OK; status <= LPSGD_ERROR_CUDA + 1; status++)
         assert_non_null(strstr(lpsgd_status_text((lpsgd_status)status), names[status]));
@@ -591,10 +793,18 @@ int main(void)
         cmocka_unit_test(test_zero_gradients_without_decay_change_no_bit),
         cmocka_unit_test(test_lr_0_changes_no_bit_of_a_parameter),
         cmocka_unit_test(test_stochastic_rounding_keeps_the_mean),
+        cmocka_unit_test(test_float8_rounding_keeps_the_mean),
+        cmocka_unit_test(test_float8_rounding_leaves_what_is_exact_and_saturates),
+        cmocka_unit_test(test_every_momentum_exponent_keeps_what_a_buffer_holds),
+        cmocka_unit_test(test_random_bytes_are_independent),
+        cmocka_unit_test(test_random_bytes_are_these_of_the_hash),
+        cmocka_unit_test(test_pieces_may_begin_anywhere),
         cmocka_unit_test(test_random_bits_are_independent),
         cmocka_unit_test(test_stochastic_rounding_leaves_what_is_exact),
         cmocka_unit_test(test_a_refused_step_names_the_first_error_and_writes_nothing),
         cmocka_unit_test(test_every_value_outside_a_range_is_refused),
+        cmocka_unit_test(test_exponents_outside_the_range_are_refused),
+        cmocka_unit_test(test_dtypes_that_do_not_go_together_are_refused),
         cmocka_unit_test(test_lists_that_are_no_lists_are_refused),
         cmocka_unit_test(test_pointers_that_are_not_looked_at_may_be_anything),
         cmocka_unit_test(test_status_texts_name_the_argument),
