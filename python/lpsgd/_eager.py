@@ -128,10 +128,13 @@ def _draw(
     """What is random in rounding the parameter and the buffer; `bits`: to bfloat16 as well. `where`
     is what random_bits takes."""
     written = (param.dtype, buffer.dtype if buffer is not None else None)
-    random = random_bits(param, *where) if bits and torch.bfloat16 in written else None
+    of_param, of_buffer = None, None
+    if bits and torch.bfloat16 in written:
+        random = random_bits(param, *where)
+        of_param, of_buffer = random & 0xFFFF, random >> 16
     if buffer is not None and buffer.dtype == BYTE:
-        return random, random_bytes(param, *where)
-    return (None, None) if random is None else (random & 0xFFFF, random >> 16)
+        of_buffer = random_bytes(param, *where)
+    return of_param, of_buffer
 
 
 def _store_byte(to: Tensor, x: Tensor, exponent: int, random: Tensor) -> None:
