@@ -40,7 +40,7 @@ def largest(tensor: Any) -> float:
     from torch.distributed.tensor import DTensor, Partial
 
     mesh = tensor.device_mesh
-    one = torch.full((), largest(local(tensor)), device=mesh.device_type)
+    one = torch.full((), largest(local(tensor)), dtype=torch.float64, device=mesh.device_type)
     return float(DTensor.from_local(one, mesh, [Partial("max")] * mesh.ndim).full_tensor())
 
 
