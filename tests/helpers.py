@@ -51,7 +51,9 @@ def run(command, cwd=ROOT, **environment) -> str:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as integers, so that comparisons see signs of zero and NaNs."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
+        tensor.element_size()
+    ]
     return tensor.detach().contiguous().view(integer)
 
 

@@ -7,11 +7,21 @@ import lpsgd_ext
 
 from ._optimizer import LPSGD, LPSGDM
 from ._pivot import suggest_pivot
+from ._report import MomentumReport, momentum_report
 from ._schedule import CosineAnnealingP, LambdaP
 
 __version__ = lpsgd_ext.build_info()["version"]
 
-__all__ = ["LPSGD", "LPSGDM", "CosineAnnealingP", "LambdaP", "__version__", "suggest_pivot"]
+__all__ = [
+    "LPSGD",
+    "LPSGDM",
+    "CosineAnnealingP",
+    "LambdaP",
+    "MomentumReport",
+    "__version__",
+    "momentum_report",
+    "suggest_pivot",
+]
 
 
 def __dir__() -> list[str]:

@@ -18,11 +18,20 @@ from torch.optim.optimizer import (
 
 import lpsgd_ext
 
-from ._checkpoints import buffers_of, fit_buffers, translate
+from ._checkpoints import as_integers, buffers_of, fit_buffers, from_integers, translate
 from ._compiled import register, running, traced_step
 from ._schedule import attach, schedule_of
-from ._unusual import Fresh, Lists, States, observed, sharing, span, unusual_step
-from ._values import check_values
+from ._unusual import (
+    Fresh,
+    Lists,
+    States,
+    has_dtype_in_c,
+    observed,
+    sharing,
+    span,
+    unusual_step,
+)
+from ._values import MOMENTUM_DTYPES, check_values, momentum_dtype_in
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -84,6 +93,7 @@ class LPOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """As torch.optim's, which leaves hooks out; a schedule with `every_step=True` is kept."""
         state: dict[str, Any] = super().__getstate__()
+        state["state"] = as_integers(self.state, self.param_groups)
         schedule = schedule_of(self)
         if schedule is not None and schedule.every_step:
             state["schedule"] = schedule
@@ -94,9 +104,11 @@ class LPOptimizer(Optimizer):
         schedule = state.pop("schedule", None)
         if "_loading" in self.__dict__:  # by torch.optim, which has checked the rest
             saved, remark = self._loading
-            fit_buffers(state, saved, self.defaults.get("momentum_dtype"))
+            fit_buffers(state, saved, {**_signature_defaults(type(self)), **self.defaults})
             if remark:
                 warnings.warn(f"loading another optimizer's checkpoint: {remark}", stacklevel=6)
+        else:
+            state["state"] = from_integers(state["state"], state["param_groups"])
         super().__setstate__(state)
         self._number = register(self)
         if schedule is not None:
@@ -205,6 +217,8 @@ class LPOptimizer(Optimizer):
         attributes = self.__dict__
         if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
             return False
+        if not all(map(has_dtype_in_c, self.param_groups)):
+            return False
         state = self.state if "momentum" in self._HYPER else None
         return lpsgd_ext.step_param_groups(self.param_groups, state, observed())
 
@@ -228,9 +242,10 @@ def defaults_of(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _store_dtype_by_name(group: dict[str, Any]) -> None:
-    # torch.distributed.checkpoint refuses a torch.dtype in a group.
-    if group.get("momentum_dtype") is torch.float32:
-        group["momentum_dtype"] = "float32"
+    dtype = momentum_dtype_in(group)
+    if dtype is not None:
+        names = {value: name for name, value in MOMENTUM_DTYPES.items()}
+        group["momentum_dtype"] = names[dtype]
 
 
 def _signature_defaults(cls: type) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Loading: what LPSGD and LPSGDM make of each other's checkpoints and of torch.optim.SGD's."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._eager import HALF_DTYPES
+from ._eager import BYTE, HALF_DTYPES, decoded, nearest_byte
 from ._unusual import PLAIN_TYPES, is_aligned, is_out_of_bounds, span
-from ._values import momentum_dtype_of
+from ._values import momentum_dtype_in, momentum_dtype_of, momentum_exponent_in
 
 _OURS = frozenset({"p", "pivot", "stochastic_rounding"})  # what no other optimizer's groups have
+_OF_LPSGDM = ("momentum_dtype", "momentum_exponent")  # what LPSGD's groups lack besides momentum
 # What other optimizers of torch.optim keep for a parameter in the place of a momentum_buffer.
 _OTHERS = frozenset({"ax", "exp_avg", "prev", "row_var", "square_avg", "sum", "variance"})
 
@@ -72,11 +74,11 @@ def _translate_group(
         group = {**own, **names, "params": saved["params"]}
         return group, _scale(saved, own) if has_momentum else None
     if not has_momentum and "momentum_dtype" in saved:  # LPSGDM's
-        return {name: value for name, value in saved.items() if name != "momentum_dtype"}, None
+        return {name: value for name, value in saved.items() if name not in _OF_LPSGDM}, None
     if has_momentum and "momentum_dtype" not in saved and saved.get("momentum") == 0.0:  # LPSGD's
         if own["momentum"] != 0.0:
             remarks["the groups keep this optimizer's momentum, as LPSGD has none"] = None
-        return {**saved, "momentum": own["momentum"]}, 1.0
+        return {**saved, **{name: own[name] for name in ("momentum", *_OF_LPSGDM)}}, 1.0
     return saved, 1.0
 
 
@@ -115,25 +117,39 @@ def buffers_of(state_dict: dict[str, Any], groups: list[Group]) -> dict[Tensor, 
 
 
 def fit_buffers(
-    state: dict[str, Any], saved: dict[Tensor, Tensor], momentum_dtype: torch.dtype | None
+    state: dict[str, Any], saved: dict[Tensor, Tensor], defaults: dict[str, Any]
 ) -> None:
     """Gives momentum buffers their dtype and place, in a state that torch.optim has made of a
-    state_dict whose buffers were `saved`. `momentum_dtype` is for groups that have none."""
+    state_dict whose buffers were `saved`. `defaults` are for groups that lack a value."""
     for group in state["param_groups"]:
-        wide = group.get("momentum_dtype", momentum_dtype) is not None
+        values = {**defaults, **group}
+        momentum_dtype, exponent = momentum_dtype_in(values), momentum_exponent_in(values)
         for param in group["params"]:
             entry = state["state"].get(param)
             buffer = _buffer_of(entry)
             if buffer is not None and param in saved:
-                entry["momentum_buffer"] = _fitted(param, saved[param], buffer, wide)
+                dtype = momentum_dtype_of(param, momentum_dtype)
+                one = buffer
+                if dtype != buffer.dtype or saved[param].dtype == BYTE:
+                    one = _converted(saved[param].to(param.device), dtype, exponent)
+                entry["momentum_buffer"] = _placed(param, one)
 
 
-def _fitted(param: Tensor, saved: Tensor, cast: Tensor, wide: bool) -> Tensor:
-    """The buffer that torch.optim has `cast` to the parameter's dtype, or `saved` itself where
-    another dtype is due; with its elements where C wants them, in the parameter's order and
-    aligned."""
-    dtype = momentum_dtype_of(param, momentum_float32=wide)
-    buffer = cast if cast.dtype == dtype else saved.to(param.device, dtype)
+def _converted(buffer: Tensor, dtype: torch.dtype, exponent: int) -> Tensor:
+    """The buffer in another dtype: exact where that can be, else the nearest number."""
+    if buffer.dtype == dtype:
+        return buffer
+    if buffer.dtype == BYTE:
+        return decoded(buffer, exponent).to(dtype)
+    if dtype != BYTE:
+        return buffer.to(dtype)
+    if buffer.dtype not in (torch.float32, torch.float64, *HALF_DTYPES):
+        raise ValueError(f"a momentum_buffer of {buffer.dtype} cannot be loaded as {dtype}")
+    return nearest_byte(buffer, exponent)
+
+
+def _placed(param: Tensor, buffer: Tensor) -> Tensor:
+    """The buffer with its elements where C wants them, in the parameter's order and aligned."""
     if (
         any(type(t) not in PLAIN_TYPES or t.layout != torch.strided for t in (param, buffer))
         or buffer.shape != param.shape
@@ -141,5 +157,30 @@ def _fitted(param: Tensor, saved: Tensor, cast: Tensor, wide: bool) -> Tensor:
         or is_out_of_bounds(buffer)
     ):
         return buffer
-    like = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    like = torch.empty_like(param, dtype=buffer.dtype, memory_format=torch.preserve_format)
     return like.copy_(buffer.detach())
+
+
+def as_integers(state: Any, groups: list[Group]) -> Any:
+    """A state whose momentum buffers of one byte are seen as integers: PyTorch's pickles cannot be
+    read again where they hold a tensor of float8_e5m2."""
+    return _seen_as(state, groups, BYTE, torch.uint8)
+
+
+def from_integers(state: Any, groups: list[Group]) -> Any:
+    """The state that as_integers was given."""
+    return _seen_as(state, groups, torch.uint8, BYTE)
+
+
+def _seen_as(state: Any, groups: list[Group], old: torch.dtype, new: torch.dtype) -> Any:
+    seen = dict[Tensor, dict[str, Any]]()
+    for group in groups:
+        for param in group["params"] if momentum_dtype_in(group) is BYTE else ():
+            entry = state.get(param)
+            buffer = _buffer_of(entry)
+            if buffer is not None and type(buffer) in PLAIN_TYPES and buffer.dtype == old:
+                seen[param] = {**entry, "momentum_buffer": buffer.view(new)}
+    if seen:
+        state = copy.copy(state)
+        state.update(seen)
+    return state

@@ -3,10 +3,9 @@
 that the C kernels refuse, and their peer in the benchmarks.
 
 Equation numbers are those of arXiv:2606.02078. Every function takes parallel lists of tensors, one
-of each per parameter and of its shape and device; buffers of bfloat16 and float16 parameters may be
-float32. It writes to `params` and `momentum_buffers`, never to `grads`, and raises what PyTorch's
-own operations raise. bfloat16 and float16 are computed in float32 with one rounding on store, as in
-C.
+of each per parameter and of its shape and device; buffers may have the dtypes of momentum_dtype. It
+writes to `params` and `momentum_buffers`, never to `grads`, and raises what PyTorch's own
+operations raise. All but float64 is computed in float32 with one rounding on store, as in C.
 """
 
 import math
@@ -19,6 +18,8 @@ from torch import Tensor
 import lpsgd_ext
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+BYTE = torch.float8_e5m2  # the upper byte of a float16
+LARGEST_BYTE = 57344.0  # the largest finite number of this dtype: 0x7b00 as float16
 
 _Number = TypeVar("_Number", float, Tensor, float | Tensor)
 
@@ -64,28 +65,95 @@ def _key(key: int, number: int) -> int:
     return _mix(key + 0x9E3779B97F4A7C15 * (number + 1) & (1 << 64) - 1)
 
 
-def random_bits(param: Tensor, seed: int, step: int, stream: int, offset: int) -> Tensor:
-    """32 random bits for every element of `param`, as int64: lpsgd_random of csrc/lpsgd_element.h.
+def _rounding_key(seed: int, step: int) -> int:
+    return _key(_mix(seed & (1 << 64) - 1), step & (1 << 64) - 1)
 
-    The elements are numbered from `offset` on in the order of the strides: as they lie in memory.
-    """
-    key = _key(_key(_mix(seed & (1 << 64) - 1), step & (1 << 64) - 1), stream & (1 << 64) - 1)
-    bits = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
-    order = sorted(range(bits.dim()), key=lambda d: (bits.stride(d), bits.size(d)), reverse=True)
-    in_order = bits.permute(order)
-    index = torch.arange(offset, offset + param.numel(), device=param.device)
-    in_order.copy_(index.view(in_order.shape))
-    x = bits & _LOW_32 ^ key & _LOW_32
+
+def _indices(param: Tensor, offset: int) -> Tensor:
+    """The number of every element of `param`, from `offset` on in the order of the strides: as they
+    lie in memory."""
+    indices = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
+    strides = indices.stride()
+    order = sorted(range(param.dim()), key=lambda d: (strides[d], param.size(d)), reverse=True)
+    in_order = indices.permute(order)
+    counted = torch.arange(offset, offset + param.numel(), device=param.device)
+    in_order.copy_(counted.view(in_order.shape))
+    return indices
+
+
+def _random(key: int, index: Tensor) -> Tensor:
+    """lpsgd_random of csrc/lpsgd_element.h for every index, as int64."""
+    x = index & _LOW_32 ^ key & _LOW_32
     x = (x ^ x >> 17) * 0xED5AD4BB & _LOW_32
-    x ^= (bits >> 32) * 0x9E3779B9 + (key >> 32) & _LOW_32
+    x ^= (index >> 32) * 0x9E3779B9 + (key >> 32) & _LOW_32
     x = (x ^ x >> 11) * 0xAC4C1B51 & _LOW_32
     x = (x ^ x >> 15) * 0x31848BAB & _LOW_32
     return x ^ x >> 14
 
 
-def _store(to: Tensor, x: Tensor, random: Tensor | None) -> None:
-    """Rounds float32 `x` into `to`; for 16 random bits up with the probability that they give."""
-    if random is None:
+def random_bits(param: Tensor, seed: int, step: int, stream: int, offset: int) -> Tensor:
+    """The 32 random bits, as int64, by which every element of `param` is rounded to bfloat16."""
+    key = _key(_rounding_key(seed, step), stream & (1 << 64) - 1)
+    return _random(key, _indices(param, offset))
+
+
+def random_bytes(param: Tensor, seed: int, step: int, stream: int, offset: int) -> Tensor:
+    """The random byte, as int64, by which every element's momentum is rounded to one byte:
+    lpsgd_byte_key and lpsgd_random_byte of csrc/lpsgd_element.h."""
+    key = _key(_key(_rounding_key(seed, step), 0x6D6F6D656E74), stream & (1 << 64) - 1)
+    i = _indices(param, offset)
+    bits = _random(key, (i >> 6 << 4) + (i & 15))
+    return bits >> ((i >> 4 & 3) << 3) & 0xFF
+
+
+def decoded(buffer: Tensor, exponent: int) -> Tensor:
+    """The float32 momentum that a buffer of one byte holds times 2^exponent."""
+    return buffer.float() * 2.0**-exponent
+
+
+def _widened(buffer: Tensor, dtype: torch.dtype, exponent: int) -> Tensor:
+    """The momentum in the dtype of the arithmetic; `buffer` itself where it has that."""
+    return decoded(buffer, exponent) if buffer.dtype == BYTE else buffer.to(dtype)
+
+
+def nearest_byte(x: Tensor, exponent: int) -> Tensor:
+    """Momentum as a buffer of one byte: for checkpoints alone, since steps round at random."""
+    scaled = x.float() * 2.0**exponent
+    return scaled.clamp(-LARGEST_BYTE, LARGEST_BYTE).to(BYTE)
+
+
+def _draw(
+    param: Tensor, buffer: Tensor | None, bits: bool, where: tuple[int, int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is random in rounding the parameter and the buffer; `bits`: to bfloat16 as well. `where`
+    is what random_bits takes."""
+    written = (param.dtype, buffer.dtype if buffer is not None else None)
+    of_param, of_buffer = None, None
+    if bits and torch.bfloat16 in written:
+        random = random_bits(param, *where)
+        of_param, of_buffer = random & 0xFFFF, random >> 16
+    if buffer is not None and buffer.dtype == BYTE:
+        of_buffer = random_bytes(param, *where)
+    return of_param, of_buffer
+
+
+def _store_byte(to: Tensor, x: Tensor, exponent: int, random: Tensor) -> None:
+    """Rounds float32 `x` times 2^exponent into `to` of one byte: up with the probability that 8
+    random bits give, among the numbers of float16, the larger of which it keeps at 57344."""
+    half = (x * 2.0**exponent).half().view(torch.int16).int()
+    magnitude = half & 0x7FFF
+    value = (magnitude.clamp_max(0x7B00) + random.int()) >> 8
+    value.masked_fill_(magnitude > 0x7C00, 0x7E)  # NaN
+    byte = value | half >> 8 & 0x80
+    to.copy_(byte.to(torch.uint8).view(BYTE))
+
+
+def _store(to: Tensor, x: Tensor, random: Tensor | None, exponent: int = 0) -> None:
+    """Rounds float32 `x` into `to`: to one byte or, given 16 random bits, to bfloat16 up with the
+    probability that these give."""
+    if random is not None and to.dtype == BYTE:
+        _store_byte(to, x, exponent, random)
+    elif random is None or to.dtype != torch.bfloat16:
         to.copy_(x)
     else:
         rounded = (x.view(torch.int32) + random.to(torch.int32)) & -0x10000
@@ -140,7 +208,9 @@ def for_loop(
     eps: float = 1e-8,
     pivot: float = 1.0,
     maximize: bool = False,
+    momentum_exponent: int = 15,
     grad_scale: float = 1.0,
+    stochastic_rounding: bool = True,
     seed: int | None = None,
     step: int = 0,
     streams: Sequence[int] | None = None,
@@ -148,8 +218,8 @@ def for_loop(
 ) -> None:
     """One step, parameter by parameter; `momentum_buffers=None` is LPSGD, else LPSGDM.
 
-    It can be differentiated with respect to everything but p. `grad_scale` and what follows are
-    those of `lpsgd_ext.lpsgd_`.
+    It can be differentiated with respect to everything but p. `momentum_exponent` and what follows
+    are those of `lpsgd_ext.lpsgdm_`.
 
     Example:
         >>> param, grad, buffer = torch.zeros(2), torch.tensor([8.0, -1.0]), torch.zeros(2)
@@ -165,20 +235,19 @@ def for_loop(
             param, grad, buffer, conjugated = _as_real(param, grad, buffer)
         half = param.dtype in HALF_DTYPES
         w = param.float() if half else param
-        random = None
-        if seed is not None and param.dtype == torch.bfloat16:
-            stream, offset = streams[i] if streams else i, offsets[i] if offsets else 0
-            random = random_bits(param, seed, step, stream, offset)
+        where = seed or 0, step, streams[i] if streams else i, offsets[i] if offsets else 0
+        bits = stochastic_rounding and seed is not None
+        of_param, of_buffer = _draw(param, buffer, bits, where)
         x = grad.to(w.dtype)
         if factor != 1.0:
             x = x * factor
         if buffer is not None:  # eq 23
-            m = buffer.to(w.dtype)
+            m = _widened(buffer, w.dtype, momentum_exponent)
             x = m.mul_(momentum).add_(x, alpha=1.0 - momentum)
             if x.requires_grad:
                 x = x.clone()  # what backward needs; the next step changes m
             if m is not buffer:
-                _store(buffer, m, None if random is None else random >> 16)
+                _store(buffer, m, of_buffer, momentum_exponent)
         if isinstance(lr, Tensor) or lr != 0.0:
             u = _direction(x, rho, _fit(eps, x.dtype))  # eq 21, 24
             if weight_decay != 0.0:  # eq 25
@@ -188,7 +257,7 @@ def for_loop(
             else:
                 w.add_(u, alpha=-_fit(step_size, w.dtype))
             if half:
-                _store(param, w, None if random is None else random & 0xFFFF)
+                _store(param, w, of_param)
         for tensor, stepped in conjugated:
             tensor.copy_(stepped)
 
@@ -207,7 +276,8 @@ def foreach(
     maximize: bool = False,
     grad_scale: float = 1.0,
 ) -> None:
-    """One step by `torch._foreach_*` over whole lists, which share one real dtype and one device.
+    """One step by `torch._foreach_*` over whole lists. They share one device, one real dtype of
+    parameters and one of buffers, which is not of one byte.
 
     Example:
         >>> params, grads = [torch.zeros(2), torch.zeros(1)], [torch.ones(2), -torch.ones(1)]
@@ -228,7 +298,7 @@ def foreach(
         torch._foreach_mul_(ms, momentum)
         torch._foreach_add_(ms, xs, alpha=1.0 - momentum)
         xs = ms
-        if half:
+        if ms[0] is not momentum_buffers[0]:
             torch._foreach_copy_(momentum_buffers, ms)
     if not isinstance(lr, Tensor) and lr == 0.0:
         return

@@ -11,8 +11,8 @@ import lpsgd_ext
 
 from ._base import LPOptimizer, defaults_of
 from ._compiled import new_buffer, traced_new_buffer
-from ._unusual import Fresh, Lists, States
-from ._values import momentum_dtype_of, with_hints
+from ._unusual import C_HAS_EVERY_DTYPE, Fresh, Lists, States
+from ._values import momentum_dtype_in, momentum_dtype_of, with_hints
 
 
 class LPSGD(LPOptimizer):
@@ -119,8 +119,15 @@ class LPSGDM(LPOptimizer):
 
     Args:
         momentum: :math:`0 \leq \beta < 1`.
-        momentum_dtype: None or torch.float32, the dtype of the momentum_buffer of bfloat16 and
-            float16 parameters: their own or float32.
+        momentum_dtype: the dtype of the momentum_buffer of float32, bfloat16 and float16 parameters
+            (others have their own): None for their own, torch.float32, torch.bfloat16 (rounded
+            stochastically with stochastic_rounding) or torch.float8_e5m2, one byte. That is always
+            rounded stochastically, by random bits that depend on what stochastic_rounding's do,
+            and excludes `capturable` and `differentiable`.
+        momentum_exponent: an int of at most 126 in magnitude. A momentum_buffer of one byte holds
+            :math:`m \cdot 2^\text{momentum_exponent}`, which stays within 57344 in magnitude. With
+            15 that is 1.75 for m; below :math:`2^{-29}` bits are lost, and all below
+            :math:`2^{-31}`, but for their mean. `momentum_report` says whether it fits.
 
     The other arguments, the note on lr and the errors are those of :class:`LPSGD`; eps and pivot
     refer to :math:`|m|`.
@@ -159,6 +166,7 @@ class LPSGDM(LPOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         momentum_dtype: torch.dtype | None = None,
+        momentum_exponent: int = 15,
         stochastic_rounding: bool = False,
         seed: int = 0,
     ) -> None:
@@ -196,8 +204,10 @@ class LPSGDM(LPOptimizer):
         return [state["momentum_buffer"] for state in states]
 
     def _native_step(self, lists: Lists, **values: Any) -> None:
+        if not C_HAS_EVERY_DTYPE and values.pop("momentum_dtype", None) is not None:
+            values["momentum_float32"] = True
         lpsgd_ext.lpsgdm_(lists[0], lists[1], lists[2], **values)
 
 
 def _buffer_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
-    return momentum_dtype_of(param, group["momentum_dtype"] is not None)
+    return momentum_dtype_of(param, momentum_dtype_in(group))

@@ -2,20 +2,21 @@
 """A value for `pivot` from what an optimizer sees."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from ._eager import BYTE, decoded
 from ._schedule import _innermost
-from ._shards import is_dtensor
+from ._shards import full
+from ._values import momentum_exponent_in
 
 
 def _norm(x: Tensor) -> float:
     """The 2-norm, of a DTensor that of the whole."""
-    norm: Any = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    return float(norm.full_tensor() if is_dtensor(norm) else norm)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return float(full(torch.linalg.vector_norm(x, dtype=dtype)))
 
 
 @torch.no_grad()
@@ -62,6 +63,7 @@ def suggest_pivot(optimizer: Optimizer) -> float:
             state = optimizer.state.get(param, {})
             x = state.get("momentum_buffer") if "momentum" in group else param.grad
             if x is not None:
+                x = decoded(x, momentum_exponent_in(group)) if x.dtype == BYTE else x
                 x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
                 norms.append(_norm(x))
                 count += x.numel()

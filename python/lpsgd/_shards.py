@@ -22,10 +22,26 @@ def local(tensor: Any) -> Tensor:
     return result
 
 
+def full(tensor: Any) -> Tensor:
+    """The tensor, gathered of all ranks if it is a DTensor: then all must ask."""
+    result: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
+    return result
+
+
 def has_nonzero(tensor: Any) -> bool:
     """Whether an element is not 0; of a DTensor, in any rank's shard: all ranks must ask."""
-    nonzero = tensor.any()
-    return bool(nonzero.full_tensor() if is_dtensor(nonzero) else nonzero)
+    return bool(full(tensor.any()))
+
+
+def largest(tensor: Any) -> float:
+    """The largest element, or 0; of a DTensor, in all ranks' shards: all ranks must ask."""
+    if not is_dtensor(tensor):
+        return float(tensor.max().clamp_min(0.0)) if tensor.numel() else 0.0
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = tensor.device_mesh
+    one = torch.full((), largest(local(tensor)), dtype=torch.float64, device=mesh.device_type)
+    return float(DTensor.from_local(one, mesh, [Partial("max")] * mesh.ndim).full_tensor())
 
 
 def local_tensors(tensors: tuple[Any, ...]) -> tuple[Tensor, ...]:

@@ -18,7 +18,15 @@ from torch.optim.optimizer import Optimizer, _get_capturable_supported_devices
 import lpsgd_ext
 
 from . import _eager, _shards
-from ._values import FLOAT32, by_default, check_values, is_on_cuda, momentum_dtype_of
+from ._values import (
+    by_default,
+    check_values,
+    is_on_cuda,
+    momentum_dtype_in,
+    momentum_dtype_of,
+    momentum_exponent_in,
+    rounds_at_random,
+)
 
 if TYPE_CHECKING:
     from ._base import LPOptimizer
@@ -31,6 +39,9 @@ Call = Callable[[], None]
 Span = tuple[int, int]  # the address of a tensor's first byte and that behind its last one
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+# Whether the C kernels take every momentum_dtype, or None and float32 alone.
+C_HAS_EVERY_DTYPE = "momentum_exponent" in (lpsgd_ext.lpsgdm_.__doc__ or "")
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATE_FOLLOWS = (
@@ -123,7 +134,7 @@ def _gather(optimizer: "LPOptimizer") -> tuple[list[Gathered], Fresh]:
     for group in optimizer.param_groups:
         lists = optimizer._gather(group, known, fresh)
         streams: list[int] = []
-        if group["stochastic_rounding"]:
+        if rounds_at_random(group):
             numbered = enumerate(group["params"], first)
             streams = [i for i, param in numbered if param.grad is not None]
         first += len(group["params"])
@@ -144,8 +155,10 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
     group, lists, streams = gathered
     values = _step_values(optimizer, group)
     rounding, count = _rounding(optimizer, group)
-    in_c = not group["differentiable"] and (
-        group["fused"] or (by_default(group) and not observed())
+    in_c = (
+        has_dtype_in_c(group)
+        and not group["differentiable"]
+        and (group["fused"] or (by_default(group) and not observed()))
     )
     if group["capturable"] and not group["fused"]:
         _check_capturable(lists[0])
@@ -171,7 +184,7 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
         for piece in _localize(Row(tensors, streams[i] if rounding else i), bool(rounding))
     ]
     for row in rows:
-        _check_buffers(row.tensors, "momentum_float32" in values)
+        _check_buffers(row.tensors, values.get("momentum_dtype"))
     spans = [tuple(map(span, row.tensors)) for row in rows]
     for i in sharing(spans):
         rows[i] = rows[i]._replace(shares=True)
@@ -202,20 +215,29 @@ def _step_values(optimizer: "LPOptimizer", group: dict[str, Any]) -> dict[str, A
     found_inf = getattr(optimizer, "found_inf", None)
     if is_on_cuda(found_inf):
         values["found_inf"] = found_inf
-    if group.get("momentum_dtype") in FLOAT32:
-        values["momentum_float32"] = True
+    momentum_dtype = momentum_dtype_in(group)
+    if momentum_dtype is not None:
+        values["momentum_dtype"] = momentum_dtype
     return values
 
 
+def has_dtype_in_c(group: dict[str, Any]) -> bool:
+    return C_HAS_EVERY_DTYPE or momentum_dtype_in(group) in (None, torch.float32)
+
+
 def _rounding(optimizer: Optimizer, group: dict[str, Any]) -> tuple[dict[str, int], list[Call]]:
-    """What stochastic rounding needs, and the call that counts the step once it is made."""
-    if not group["stochastic_rounding"]:
+    """What rounding at random needs, and the call that counts the step once it is made."""
+    if not rounds_at_random(group):
         return {}, []
     check_values(group)  # now, as rounding_step is counted on here
     step = group.get("rounding_step", 0)
     following = step + (not changes_nothing(optimizer))
     count = partial(operator.setitem, group, "rounding_step", following)
-    return {"seed": group["seed"], "step": step}, [count]
+    numbers = {"seed": group["seed"], "step": step}
+    if momentum_dtype_in(group) is _eager.BYTE:
+        numbers["momentum_exponent"] = momentum_exponent_in(group)
+        numbers["stochastic_rounding"] = bool(group["stochastic_rounding"])
+    return numbers, [count]
 
 
 def changes_nothing(optimizer: Optimizer) -> bool:
@@ -436,16 +458,17 @@ def _eager_calls(
     rows: Iterable[Row], use_foreach: bool, values: dict[str, Any], rounding: dict[str, int]
 ) -> list[Call]:
     """The step in PyTorch's operations; checks the rows."""
-    values = {name: value for name, value in values.items() if name != "momentum_float32"}
+    values = {name: value for name, value in values.items() if name != "momentum_dtype"}
+    at_random = (torch.bfloat16, _eager.BYTE) if rounding else ()
 
     def can_foreach(row: Row) -> bool:
-        param = row.tensors[0]
+        param, _, *buffers = row.tensors
         return (
             use_foreach
             and not row.shares
             and all(type(t) in PLAIN_TYPES and not t.is_neg() for t in row.tensors)
             and not param.is_complex()
-            and not (rounding and param.dtype == torch.bfloat16)
+            and all(tensor.dtype not in at_random for tensor in (param, *buffers))
         )
 
     def key(row: Row) -> tuple[str, ...]:  # one by one they keep their order
@@ -515,7 +538,7 @@ def _refuse_listed_twice(group: dict[str, Any]) -> None:
             )
 
 
-def _check_buffers(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
+def _check_buffers(tensors: tuple[Tensor, ...], momentum_dtype: torch.dtype | None) -> None:
     """That a momentum_buffer fits its parameter, whatever steps them."""
     param, _, *buffers = tensors
     for buffer in buffers:
@@ -524,7 +547,7 @@ def _check_buffers(tensors: tuple[Tensor, ...], momentum_float32: bool) -> None:
                 f"momentum_buffer must be a Tensor as its parameter is, not {type(buffer).__name__}"
             )
         _check_shape_and_device("momentum_buffer", param, buffer)
-        expected = momentum_dtype_of(param, momentum_float32)
+        expected = momentum_dtype_of(param, momentum_dtype)
         if buffer.dtype != expected:
             raise RuntimeError(
                 f"momentum_buffer must be {expected}, but is {buffer.dtype}{_STATE_FOLLOWS}"

@@ -13,11 +13,12 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from ._eager import HALF_DTYPES
+from ._eager import BYTE, HALF_DTYPES
 
 _P = ParamSpec("_P")
 
-FLOAT32 = (torch.float32, "float32")  # the two ways to write momentum_dtype
+# Groups name them by these strings: torch.distributed.checkpoint refuses a torch.dtype.
+MOMENTUM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e5m2": BYTE}
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lr": ("learning rate", lambda value: value >= 0.0),
@@ -78,18 +79,22 @@ def check_values(values: dict[str, Any]) -> None:
     for name in _RANGES:
         if name in values:
             _check_range(name, values[name])
-    if values.get("momentum_dtype") not in (None, *FLOAT32):
-        raise ValueError(f"Invalid momentum_dtype: {values['momentum_dtype']}")
+    in_bytes = momentum_dtype_in(values) is BYTE
+    momentum_exponent_in(values)
     for name in ("seed", "rounding_step"):
         if not isinstance(value := values.get(name, 0), int):
             raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if values["fused"] and values["foreach"]:
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    for name in ("fused", "foreach", "stochastic_rounding"):
+    for name in ("fused", "foreach"):
         if values["differentiable"] and values[name]:
             raise RuntimeError(f"`{name}` does not support `differentiable`")
-    if values["stochastic_rounding"] and values["capturable"]:  # replays would repeat the bits
-        raise RuntimeError("`stochastic_rounding` does not support `capturable`")
+    at_random = {"stochastic_rounding": values["stochastic_rounding"]}
+    at_random["momentum_dtype=torch.float8_e5m2"] = in_bytes
+    for text, chosen in at_random.items():
+        for name in ("differentiable", "capturable"):  # replays would repeat the bits
+            if chosen and values[name]:
+                raise RuntimeError(f"`{text}` does not support `{name}`")
 
 
 def _check_range(name: str, value: Any) -> None:
@@ -118,7 +123,33 @@ def by_default(group: dict[str, Any]) -> bool:
     return group["fused"] is None and group["foreach"] is None
 
 
-def momentum_dtype_of(param: Tensor, momentum_float32: bool) -> torch.dtype:
-    """The dtype of the parameter's momentum_buffer."""
-    wide = momentum_float32 and param.dtype in HALF_DTYPES
-    return torch.float32 if wide else param.dtype
+def momentum_dtype_in(group: dict[str, Any]) -> torch.dtype | None:
+    """The group's momentum_dtype, which may be written as a dtype or by its name."""
+    value = group.get("momentum_dtype")
+    for name, dtype in MOMENTUM_DTYPES.items():
+        if value is dtype or (isinstance(value, str) and value == name):
+            return dtype
+    if value is not None:
+        raise ValueError(f"Invalid momentum_dtype: {value}")
+    return None
+
+
+def momentum_exponent_in(group: dict[str, Any]) -> int:
+    """The power of two by which momentum buffers of one byte are multiplied."""
+    value = group.get("momentum_exponent", 15)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"momentum_exponent must be an int, not {type(value).__name__}")
+    if abs(value) > 126:
+        raise ValueError(f"Invalid momentum_exponent: {value}")
+    return value
+
+
+def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the parameter's momentum_buffer: the group's, or its own."""
+    narrow = param.dtype in (torch.float32, *HALF_DTYPES)
+    return momentum_dtype if momentum_dtype is not None and narrow else param.dtype
+
+
+def rounds_at_random(group: dict[str, Any]) -> bool:
+    """Whether a step of the group needs random bits."""
+    return bool(group["stochastic_rounding"]) or momentum_dtype_in(group) is BYTE

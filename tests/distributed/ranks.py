@@ -18,8 +18,9 @@ import warnings
 from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from helpers import ROOT
+from helpers import ROOT, bits
 
 _PATIENCE = 60  # seconds that a rank waits for another; all of them have twice that
 
@@ -122,3 +123,15 @@ def _run(path, name, *arguments):
     warnings.simplefilter("error")
     function(*arguments)
     dist.barrier()  # gloo aborts a rank whose peers leave while it still talks to them
+
+
+def whole_bits(tensor):
+    """A tensor's bits, gathered of all ranks if it is a DTensor."""
+    if not isinstance(tensor, DTensor):
+        return bits(tensor)
+    if tensor.element_size() > 1:
+        return bits(tensor.full_tensor())
+    shape, stride = tensor.shape, tensor.stride()  # gloo has uint8, but no float8
+    shard, mesh = bits(tensor.to_local()), tensor.device_mesh
+    integers = DTensor.from_local(shard, mesh, tensor.placements, shape=shape, stride=stride)
+    return integers.full_tensor()

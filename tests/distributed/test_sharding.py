@@ -18,16 +18,19 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from helpers import CLASSES, DTYPES, bits
-from lpsgd import LPSGD, LPSGDM, suggest_pivot
-from ranks import on_ranks
+from lpsgd import LPSGD, LPSGDM, momentum_report, suggest_pivot
+from lpsgd._unusual import C_HAS_EVERY_DTYPE
+from ranks import on_ranks, whole_bits
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
+# Of the momentum; PyTorch's operations, which step in the place of C, have no bits of one process.
+MOMENTUM_DTYPES = [None, torch.float8_e5m2] if C_HAS_EVERY_DTYPE else [None]
 SHAPES = [(1,), (5,), (2500,), (7, 5), (3, 4, 2), (40, 70)]
 
 
 def assert_same_bits(sharded, twin, where):
-    whole = sharded.full_tensor()
-    assert torch.equal(bits(whole), bits(twin)), f"{where}: {whole} instead of {twin}"
+    whole = whole_bits(sharded)
+    assert torch.equal(whole, bits(twin)), f"{where}: {whole} instead of {bits(twin)}"
 
 
 def assert_same_step(optimizer, twin_optimizer, where):
@@ -59,21 +62,21 @@ def randn(shape, dtype, seed, scale=1.0):
 def step_every_sharding(rounding, dtypes):
     stochastic = rounding == "stochastic"
     names = itertools.cycle(DTYPES)
+    momentum_dtypes = itertools.cycle(MOMENTUM_DTYPES)
     for (mesh, placements), cls in itertools.product(shardings(), CLASSES):
         for dtype in DTYPES if dtypes == "every dtype" else [next(names)]:
             dtype = torch.bfloat16 if stochastic else dtype
-            step_sharding(mesh, placements, cls, dtype, stochastic)
+            held = {"momentum_dtype": next(momentum_dtypes)} if cls is LPSGDM else {}
+            step_sharding(mesh, placements, cls, dtype, stochastic_rounding=stochastic, **held)
 
 
-def step_sharding(mesh, placements, cls, dtype, stochastic):
+def step_sharding(mesh, placements, cls, dtype, **values):
     shapes = [shape for shape in SHAPES if len(shape) > 1 or Shard(1) not in placements]
     twins = [torch.nn.Parameter(randn(shape, dtype, 0)) for shape in shapes]
     params = [
         torch.nn.Parameter(distribute_tensor(twin.detach(), mesh, placements)) for twin in twins
     ]
-    optimizer, twin_optimizer = (
-        cls(x, p=4.0, stochastic_rounding=stochastic, **VALUES) for x in (params, twins)
-    )
+    optimizer, twin_optimizer = (cls(x, p=4.0, **values, **VALUES) for x in (params, twins))
     for step in range(2):
         for param, twin in zip(params, twins, strict=True):
             twin.grad = randn(twin.shape, dtype, 1 + step, 0.01)
@@ -83,6 +86,8 @@ def step_sharding(mesh, placements, cls, dtype, stochastic):
     assert_same_step(optimizer, twin_optimizer, (placements, cls.__name__, dtype))
     pivots = suggest_pivot(optimizer), suggest_pivot(twin_optimizer)
     assert pivots[0] == pytest.approx(pivots[1], rel=1e-4)
+    if cls is LPSGDM:
+        assert momentum_report(optimizer) == momentum_report(twin_optimizer)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,7 @@ def train(shard, what, batch_seed):
         (LPSGDM, {"p": 2.0}),
         (LPSGDM, {"p": math.inf}),
         (LPSGDM, stochastic),
+        *((LPSGDM, {"p": 4.0, "momentum_dtype": dtype}) for dtype in MOMENTUM_DTYPES if dtype),
     ):
         dtype = torch.bfloat16 if "stochastic_rounding" in variant else torch.float32
         model, twin = make_twins(shard, dtype)

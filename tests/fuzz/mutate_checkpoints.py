@@ -33,9 +33,21 @@ from helpers import bits
 UNCLEAR = (SystemError, NameError)
 
 SCALARS = [None, True, -1, 0, 2**63, -(2**70), 1e308, 1e-320, math.nan, math.inf, -math.inf, 1j]
-SCALARS += ["", "float32", "momentum_buffer", b"\x00", (), [], {}, [1, 2], {"momentum_buffer": 1}]
+SCALARS += [
+    "",
+    "float32",
+    "float8_e5m2",
+    "momentum_buffer",
+    b"\x00",
+    (),
+    [],
+    {},
+    [1, 2],
+    {"momentum_buffer": 1},
+]
 SCALARS += [torch.float32, torch.float16, torch.int8]
 NAMES = ["momentum_buffer", "lr", "p", "params", "state", "param_groups", "step", "optimizer", 0, 7]
+NAMES += ["momentum_dtype", "momentum_exponent"]
 
 
 def shrunk(tensor):
@@ -65,6 +77,7 @@ TENSORS = [
     lambda t: Parameter(t),
     lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     lambda t: t.to(torch.float8_e4m3fn),
+    lambda t: t.to(torch.float8_e5m2),
     shrunk,
 ]
 
@@ -158,7 +171,7 @@ def make(chance):
     params = [Parameter(torch.randn(shape).to(dtype)) for shape in [(3, 4), (5,), ()]]
     more = {"stochastic_rounding": True} if chance.randrange(3) == 0 else {}
     if cls is lpsgd.LPSGDM and chance.randrange(2):
-        more["momentum_dtype"] = torch.float32
+        more["momentum_dtype"] = chance.choice([torch.float32, torch.bfloat16, torch.float8_e5m2])
     optimizer = cls([{"params": params[:2]}, {"params": params[2:], "lr": 0.1, "p": 3.0}], **more)
     schedules = [
         lambda: lpsgd.CosineAnnealingP(optimizer, 9),
@@ -198,7 +211,7 @@ def frozen(value, holders=()):
             and value.device.type == "cpu"
             and not value.is_quantized
             and not value.is_neg()
-            and value.dtype in (torch.float32, torch.float64, torch.bfloat16)
+            and value.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2)
             and value.untyped_storage().nbytes() >= value.nbytes
         )
         return id(value), value._version, bits(value).tolist() if readable else None

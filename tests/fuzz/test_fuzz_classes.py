@@ -141,7 +141,7 @@ class OptimizerMachine(RuleBasedStateMachine):
         groups = [self.draw_group(data) for _ in range(data.draw(st.integers(1, 2)))]
         more = {"momentum": 0.5} if self.cls is lpsgd.LPSGDM else {}
         if more and data.draw(st.booleans()):
-            more["momentum_dtype"] = torch.float32
+            more["momentum_dtype"] = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
         self.actual = Side(self.cls(copy.deepcopy(groups), **more))
         self.twin = Side(self.cls(copy.deepcopy(groups), foreach=False, **more))
 

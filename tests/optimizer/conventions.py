@@ -10,6 +10,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import lpsgd
+from lpsgd._unusual import C_HAS_EVERY_DTYPE
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ _MOMENTUM_INPUTS = {
     "momentum": {"momentum": 0.5, "weight_decay": 0.1},
     "no_momentum": {"momentum": 0.0},
     "momentum_dtype": {"momentum_dtype": torch.float32},
+    "one_byte": {"momentum_dtype": torch.float8_e5m2},
 }
 
 _ERROR_INPUTS = [
@@ -81,6 +83,8 @@ _ERROR_INPUTS = [
 _MOMENTUM_ERROR_INPUTS = [
     ({"momentum": -0.5}, ValueError, "Invalid momentum value: -0.5"),
     ({"momentum_dtype": torch.float16}, ValueError, "Invalid momentum_dtype: torch.float16"),
+    ({"momentum_exponent": 127}, ValueError, "Invalid momentum_exponent: 127"),
+    ({"momentum_exponent": 15.0}, TypeError, "momentum_exponent must be an int, not float"),
 ]
 
 # Those with which PyTorch tests SGD.
@@ -138,6 +142,7 @@ def configurations(*implementations):
             for info in OPTIMIZERS
             for description, kwargs in info.inputs.items()
             for implementation in implementations or IMPLEMENTATIONS
+            if C_HAS_EVERY_DTYPE or (description, implementation) != ("one_byte", "fused")
         ],
     )
 

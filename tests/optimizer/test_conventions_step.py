@@ -205,7 +205,8 @@ def test_lr_0_changes_no_bit_of_the_parameters(make):
 @configurations(*EAGER)
 def test_complex_parameters_step_as_their_real_and_imaginary_parts(make):
     reals = parameters((3, 4, 2), (5, 2), (2,), (6,))
-    real = make(reals)
+    own = {"momentum_dtype": None} if make.cls is lpsgd.LPSGDM else {}  # as complex ones have
+    real = make([{"params": reals[:-1], **own}, {"params": reals[-1:]}])
     mixed_params = [Parameter(torch.view_as_complex(r.detach().clone())) for r in reals[:-1]]
     mixed_params.append(Parameter(reals[-1].detach().clone()))
     mixed = make(mixed_params)
@@ -220,9 +221,10 @@ def test_complex_parameters_step_as_their_real_and_imaginary_parts(make):
             torch.testing.assert_close(values, r)
     for param, r in zip(mixed_params, reals, strict=True):
         for name, buffer in mixed.state[param].items() if param in mixed.state else ():
-            assert buffer.dtype == param.dtype
+            expected = real.state[r][name]
+            assert buffer.dtype == (param.dtype if param.is_complex() else expected.dtype)
             values = torch.view_as_real(buffer) if buffer.is_complex() else buffer
-            torch.testing.assert_close(values, real.state[r][name])
+            torch.testing.assert_close(values.float(), expected.float())
 
 
 @eager

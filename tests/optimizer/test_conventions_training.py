@@ -199,6 +199,10 @@ def test_a_scheduler_warns_of_the_wrong_order_alone(cls):
 
 def assert_agree(actual, expected):
     """Within the roundings of one step: C's power has up to 4 ulp, PyTorch's 2."""
+    if expected.element_size() == 1:  # neighbours, where m differs by its last bit
+        actual, expected = (tensor.view(torch.uint8).int() for tensor in (actual, expected))
+        assert torch.all((actual - expected).abs() <= 1)
+        return
     eps = torch.finfo(expected.dtype).eps
     units = 1 if expected.element_size() == 2 else 8
     torch.testing.assert_close(actual, expected, rtol=units * eps, atol=units * eps)

@@ -59,7 +59,9 @@ def test_momentum_dtype_concerns_half_types_alone(dtype):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_buffer_of_the_wrong_dtype_is_refused(dtype):
-    for momentum_dtype, wrong in ((None, torch.float32), (torch.float32, dtype)):
+    wrongs = [(None, torch.float32), (torch.float32, dtype), (torch.float8_e5m2, torch.float32)]
+    wrongs += [(torch.float32, torch.float8_e5m2), (torch.bfloat16, torch.float32)]
+    for momentum_dtype, wrong in wrongs:
         params = [Parameter(randn(5, dtype=dtype)) for _ in range(2)]
         optimizer = lpsgd.LPSGDM(params, momentum_dtype=momentum_dtype)
         optimizer.state[params[1]]["momentum_buffer"] = torch.zeros(5, dtype=wrong)
@@ -71,7 +73,7 @@ def test_a_buffer_of_the_wrong_dtype_is_refused(dtype):
         assert same(params, before)
 
 
-@pytest.mark.parametrize("value", [torch.bfloat16, torch.float64, "float16"])
+@pytest.mark.parametrize("value", [torch.float8_e4m3fn, torch.float64, "float16", 8])
 def test_other_momentum_dtypes_are_refused(value):
     with pytest.raises(ValueError, match="Invalid momentum_dtype"):
         lpsgd.LPSGDM([Parameter(randn(5))], momentum_dtype=value)

@@ -28,7 +28,7 @@ def test_defaults(cls):
     expected |= {"maximize": False, "foreach": None, "fused": None, "seed": 0}
     expected |= {"capturable": False, "differentiable": False, "stochastic_rounding": False}
     if cls is lpsgd.LPSGDM:
-        expected |= {"momentum": 0.9, "momentum_dtype": None}
+        expected |= {"momentum": 0.9, "momentum_dtype": None, "momentum_exponent": 15}
     assert {name: value for name, value in group.items() if name != "params"} == expected
 
 
