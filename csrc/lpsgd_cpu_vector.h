@@ -18,7 +18,10 @@ typedef uint16_t vhalf __attribute__((vector_size(2 * LPSGD_LANES)));
 
 LPSGD_VECTOR vfloat splat(float x)
 {
-    return x - (vfloat){0.0f};
+    vfloat all;
+    for (int i = 0; i < lanes; i++)
+        all[i] = x;
+    return all;
 }
 
 LPSGD_VECTOR vfloat load_float(const void *from)
