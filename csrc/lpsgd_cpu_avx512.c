@@ -57,7 +57,7 @@ LPSGD_VECTOR vfloat from_float16(vhalf h)
 
 LPSGD_VECTOR vhalf to_float16(vfloat x)
 {
-    return (vhalf)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vhalf)_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 LPSGD_VECTOR vfloat load_float8(const char *from)

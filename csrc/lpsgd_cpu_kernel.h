@@ -13,8 +13,7 @@
 /* What distinguishes the loops: constants in each of them. */
 typedef struct form {
     lpsgd_dtype dtype, momentum_dtype; /* of param and grad, of momentum_buffer */
-    int has_momentum, stochastic;
-    lpsgd_rule rule;
+    int has_momentum;
 } form;
 
 /* The elements that are stepped at once, as float32. Where all that is read and written is bfloat16,
@@ -95,21 +94,33 @@ LPSGD_VECTOR vfloat power(vfloat y, int careful, const vscalars *s)
 }
 
 /* u, as lpsgd_direction has it. */
-LPSGD_VECTOR vfloat direction(vfloat x, vfloat y, lpsgd_rule rule, int careful,
-                              const vscalars *s)
+LPSGD_VECTOR pair direction(pair x, const vfloat y[2], lpsgd_rule rule, int careful,
+                            const vscalars *s)
 {
     const vfloat zero = {0.0f};
+    pair u = {{zero, zero}};
     switch (rule) {
     case LPSGD_RULE_SGD:
-        return x + zero;
+        for (int i = 0; i < 2; i++)
+            u.part[i] = x.part[i] + zero;
+        break;
     case LPSGD_RULE_SIGN:
-        return (vfloat)((vint)(x / y + zero) & (y != zero));
+        for (int i = 0; i < 2; i++)
+            u.part[i] = (vfloat)((vint)(x.part[i] / y[i] + zero) & (y[i] != zero));
+        break;
     case LPSGD_RULE_POWER:
-        return fma_each(x, power(y, careful, s), zero);
+        for (int i = 0; i < 2; i++)
+            u.part[i] = fma_each(x.part[i], power(y[i], careful, s), zero);
+        break;
     case LPSGD_RULE_REST:
         break;
     }
-    return zero;
+    return u;
+}
+
+LPSGD_TARGET __attribute__((noinline)) static float careful_direction(float x, const lpsgd_scalars *k)
+{
+    return lpsgd_direction(x, LPSGD_RULE_POWER, &k->tables, k);
 }
 
 /* u with what lpsgd_direction has for elements out of the ordinary. The tables serve y = 0 as well: x is 0
@@ -123,7 +134,7 @@ LPSGD_VECTOR vfloat replace_extraordinary(vfloat u, vfloat x, vfloat y, const lp
         any |= extraordinary[i];
     for (int i = 0; any && i < lanes; i++)
         if (extraordinary[i])
-            u[i] = lpsgd_direction(x[i], LPSGD_RULE_POWER, &k->tables, k);
+            u[i] = careful_direction(x[i], k);
     return u;
 }
 
@@ -226,16 +237,16 @@ LPSGD_VECTOR void store_vector(char *to, vfloat x, lpsgd_dtype dtype, int stocha
 }
 
 /* The random bits that are used are those from `shift` on. */
-LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, const vuint random[2], int shift,
-                        const form f)
+LPSGD_VECTOR void store(char *to, pair x, lpsgd_dtype dtype, int stochastic, const vuint random[2],
+                        int shift, const form f)
 {
     vuint random16[2], rounded[2];
     for (int i = 0; i < 2; i++) {
         random16[i] = random[i] >> shift & 0xffffu;
         if (is_interleaved(f))
-            rounded[i] = round_to_bfloat16(x.part[i], f.stochastic, random16[i]);
+            rounded[i] = round_to_bfloat16(x.part[i], stochastic, random16[i]);
         else
-            store_vector(to + i * lanes * size_of(dtype), x.part[i], dtype, f.stochastic,
+            store_vector(to + i * lanes * size_of(dtype), x.part[i], dtype, stochastic,
                          random16[i]);
     }
     if (is_interleaved(f)) {
@@ -253,21 +264,21 @@ LPSGD_VECTOR pair load_momentum(const char *from, const form f, const vscalars *
                    load_float8(from + lanes) * s->momentum_unscale}};
 }
 
-LPSGD_VECTOR void store_momentum(place at, pair x, const vuint random[2], const noise *bits,
-                                 const form f, const vscalars *s)
+LPSGD_VECTOR void store_momentum(place at, pair x, int stochastic, const vuint random[2],
+                                 const noise *bits, const form f, const vscalars *s)
 {
     if (f.momentum_dtype != LPSGD_FLOAT8_E5M2) {
-        store(at.momentum_buffer, x, f.momentum_dtype, random, 16, f);
+        store(at.momentum_buffer, x, f.momentum_dtype, stochastic, random, 16, f);
         return;
     }
     store_float8(at.momentum_buffer, x.part[0] * s->momentum_scale,
                  x.part[1] * s->momentum_scale, bits->bytes + at.index % bytes_block);
 }
 
-/* Steps a batch. Without `careful` returns whether one of its elements is out of the ordinary; then
- * nothing has been written. */
-LPSGD_VECTOR int step_batch(place at, const form f, noise *bits, int careful, const vscalars *s,
-                            const lpsgd_scalars *k)
+/* Steps a batch by k's rule. Without `careful` returns whether one of its elements is out of the ordinary;
+ * then nothing has been written. */
+LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, noise *bits, int careful,
+                            const vscalars *s, const lpsgd_scalars *k)
 {
     pair x = load(at.grad, f.dtype, f), m, param, u;
     vfloat y[2];
@@ -281,27 +292,27 @@ LPSGD_VECTOR int step_batch(place at, const form f, noise *bits, int careful, co
         if (f.has_momentum)
             x.part[i] = fma_each(s->one_minus_momentum, x.part[i], s->momentum * m.part[i]);
         y[i] = (vfloat)((vint)x.part[i] & 0x7fffffff) + s->eps;
-        if (f.rule == LPSGD_RULE_POWER && !careful &&
+        if (rule == LPSGD_RULE_POWER && !careful &&
             __builtin_expect(any_unserved(y[i], &s->coarse), 0))
             return 1;
     }
-    for (int i = 0; i < 2; i++) {
-        u.part[i] = direction(x.part[i], y[i], f.rule, careful, s);
-        if (f.rule == LPSGD_RULE_POWER && careful)
-            u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
-        if (f.stochastic && is_interleaved(f))
-            random[i] = random_each(bits->key, at.index + (uint64_t)i, 2);
-        else if (f.stochastic)
-            random[i] = random_each(bits->key, at.index + (uint64_t)(i * lanes), 1);
+    u = direction(x, y, rule, careful, s);
+    for (int i = 0; i < 2 && careful && rule == LPSGD_RULE_POWER; i++)
+        u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
+    const int rounds = f.dtype == LPSGD_BFLOAT16 || f.momentum_dtype == LPSGD_BFLOAT16;
+    const int stochastic = rounds && k->stochastic_rounding;
+    for (int i = 0; i < 2 && stochastic; i++) {
+        const int first = is_interleaved(f) ? i : i * lanes;
+        random[i] = random_each(bits->key, at.index + (uint64_t)first, is_interleaved(f) ? 2 : 1);
     }
     if (f.has_momentum)
-        store_momentum(at, x, random, bits, f, s);
-    if (f.rule == LPSGD_RULE_REST)
+        store_momentum(at, x, stochastic, random, bits, f, s);
+    if (rule == LPSGD_RULE_REST)
         return 0;
     param = load(at.param, f.dtype, f);
     for (int i = 0; i < 2; i++)
         param.part[i] = fma_each(s->step_size, u.part[i], s->decay * param.part[i]);
-    store(at.param, param, f.dtype, random, 0, f);
+    store(at.param, param, f.dtype, stochastic, random, 0, f);
     return 0;
 }
 
@@ -316,9 +327,10 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
     };
 }
 
-/* Fewer elements than a batch, by way of a whole one, in which they come after `skip` others. */
-LPSGD_VECTOR void step_few(place at, int skip, int n, const form f, noise *bits, const vscalars *s,
-                           const lpsgd_scalars *k)
+/* A batch that has an element out of the ordinary, or n elements, fewer than a batch: by way of a whole
+ * one elsewhere, in which they come after `skip` others. */
+LPSGD_VECTOR void step_with_care(place at, int skip, int n, const form f, noise *bits,
+                                 const vscalars *s, const lpsgd_scalars *k)
 {
     char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
     const size_t bytes = (size_t)(n * size_of(f.dtype)), from = (size_t)(skip * size_of(f.dtype));
@@ -328,83 +340,58 @@ LPSGD_VECTOR void step_few(place at, int skip, int n, const form f, noise *bits,
     memcpy(grad + from, at.grad, bytes);
     if (f.has_momentum)
         memcpy(momentum_buffer + momentum_from, at.momentum_buffer, momentum_bytes);
-    step_batch((place){param, grad, momentum_buffer, at.index - (uint64_t)skip}, f, bits, 1, s, k);
-    if (f.rule != LPSGD_RULE_REST)
+    step_batch((place){param, grad, momentum_buffer, at.index - (uint64_t)skip}, f, k->rule, bits, 1,
+               s, k);
+    if (k->rule != LPSGD_RULE_REST)
         memcpy(at.param, param + from, bytes);
     if (f.has_momentum)
         memcpy(at.momentum_buffer, momentum_buffer + momentum_from, momentum_bytes);
 }
 
+/* Steps batches from element i on up to the last whole one, or to one that has an element out of the
+ * ordinary. Returns where it has come to. */
+LPSGD_VECTOR int64_t step_batches(const lpsgd_buffer *buffer, int64_t i, const form f, lpsgd_rule rule,
+                                  noise *bits, const vscalars *s, const lpsgd_scalars *k)
+{
+    while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, rule, bits, 0, s, k))
+        i += batch;
+    return i;
+}
+
+/* The power has a loop of its own; the other rules are asked for at every batch. */
 LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_scalars *k)
 {
-    const lpsgd_buffer copy = *list, *const buffer = &copy; /* which no store changes */
+    const lpsgd_buffer copy = *list, *const b = &copy; /* which no store changes */
     const vscalars s = vscalars_of(k);
-    noise bits = {.key = lpsgd_key(k->rounding_key, buffer->stream),
-                  .byte_key = lpsgd_byte_key(k->rounding_key, buffer->stream),
+    noise bits = {.key = lpsgd_key(k->rounding_key, b->stream),
+                  .byte_key = lpsgd_byte_key(k->rounding_key, b->stream),
                   .block = UINT64_MAX};
-    int64_t i = 0;
-    if (f.momentum_dtype == LPSGD_FLOAT8_E5M2 && buffer->index % batch) {
-        const int skip = (int)(buffer->index % batch), left = batch - skip;
-        i = buffer->numel < left ? buffer->numel : left;
-        step_few(place_of(buffer, 0, f), skip, (int)i, f, &bits, &s, k);
-    }
-    while (i + batch <= buffer->numel) {
-        while (i + batch <= buffer->numel && !step_batch(place_of(buffer, i, f), f, &bits, 0, &s, k))
-            i += batch;
-        if (i + batch <= buffer->numel) {
-            step_batch(place_of(buffer, i, f), f, &bits, 1, &s, k);
-            i += batch;
-        }
-    }
-    if (i < buffer->numel)
-        step_few(place_of(buffer, i, f), 0, (int)(buffer->numel - i), f, &bits, &s, k);
-}
-
-LPSGD_VECTOR void step_rule(const lpsgd_buffer *buffer, form f, const lpsgd_scalars *k)
-{
-    switch (k->rule) {
-    case LPSGD_RULE_POWER:
-        f.rule = LPSGD_RULE_POWER;
-        step_all(buffer, f, k);
-        break;
-    case LPSGD_RULE_SIGN:
-        f.rule = LPSGD_RULE_SIGN;
-        step_all(buffer, f, k);
-        break;
-    case LPSGD_RULE_SGD:
-        f.rule = LPSGD_RULE_SGD;
-        step_all(buffer, f, k);
-        break;
-    case LPSGD_RULE_REST:
-        f.rule = LPSGD_RULE_REST;
-        step_all(buffer, f, k);
-        break;
+    /* Of the first batch, which begins at a multiple of its size, so many elements lie before b. */
+    int skip = f.momentum_dtype == LPSGD_FLOAT8_E5M2 ? (int)(b->index % batch) : 0;
+    for (int64_t i = 0; i < b->numel; skip = 0) {
+        if (!skip && k->rule == LPSGD_RULE_POWER)
+            i = step_batches(b, i, f, LPSGD_RULE_POWER, &bits, &s, k);
+        else if (!skip)
+            i = step_batches(b, i, f, k->rule, &bits, &s, k);
+        const int room = batch - skip, n = b->numel - i < room ? (int)(b->numel - i) : room;
+        if (n)
+            step_with_care(place_of(b, i, f), skip, n, f, &bits, &s, k);
+        i += n;
     }
 }
 
-LPSGD_VECTOR void step_rounding(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
-                                lpsgd_dtype momentum_dtype, int has_momentum, const lpsgd_scalars *k)
-{
-    const int rounds = dtype == LPSGD_BFLOAT16 || momentum_dtype == LPSGD_BFLOAT16;
-    if (rounds && k->stochastic_rounding)
-        step_rule(buffer, (form){dtype, momentum_dtype, has_momentum, 1, 0}, k);
-    else
-        step_rule(buffer, (form){dtype, momentum_dtype, has_momentum, 0, 0}, k);
-}
-
-LPSGD_VECTOR void step_momentum(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
-                                const lpsgd_scalars *k)
+LPSGD_VECTOR void step_dtype(const lpsgd_buffer *buffer, lpsgd_dtype dtype, const lpsgd_scalars *k)
 {
     if (!buffer->momentum_buffer)
-        step_rounding(buffer, dtype, dtype, 0, k);
+        step_all(buffer, (form){dtype, dtype, 0}, k);
     else if (k->momentum_dtype == LPSGD_FLOAT32)
-        step_rounding(buffer, dtype, LPSGD_FLOAT32, 1, k);
+        step_all(buffer, (form){dtype, LPSGD_FLOAT32, 1}, k);
     else if (k->momentum_dtype == LPSGD_BFLOAT16)
-        step_rounding(buffer, dtype, LPSGD_BFLOAT16, 1, k);
+        step_all(buffer, (form){dtype, LPSGD_BFLOAT16, 1}, k);
     else if (k->momentum_dtype == LPSGD_FLOAT8_E5M2)
-        step_rounding(buffer, dtype, LPSGD_FLOAT8_E5M2, 1, k);
+        step_all(buffer, (form){dtype, LPSGD_FLOAT8_E5M2, 1}, k);
     else if (dtype == LPSGD_FLOAT16)
-        step_rounding(buffer, dtype, LPSGD_FLOAT16, 1, k);
+        step_all(buffer, (form){dtype, LPSGD_FLOAT16, 1}, k);
 }
 
 LPSGD_VECTOR void step_float64(double *restrict param, const double *restrict grad,
@@ -426,13 +413,13 @@ LPSGD_TARGET void LPSGD_KERNEL(const lpsgd_buffer *buffer, lpsgd_dtype dtype,
     void *param = buffer->param, *momentum_buffer = buffer->momentum_buffer;
     switch (dtype) {
     case LPSGD_FLOAT32:
-        step_momentum(buffer, LPSGD_FLOAT32, k);
+        step_dtype(buffer, LPSGD_FLOAT32, k);
         break;
     case LPSGD_BFLOAT16:
-        step_momentum(buffer, LPSGD_BFLOAT16, k);
+        step_dtype(buffer, LPSGD_BFLOAT16, k);
         break;
     case LPSGD_FLOAT16:
-        step_momentum(buffer, LPSGD_FLOAT16, k);
+        step_dtype(buffer, LPSGD_FLOAT16, k);
         break;
     case LPSGD_FLOAT64:
         if (k->rule == LPSGD_RULE_SGD)

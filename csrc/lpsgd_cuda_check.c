@@ -98,9 +98,10 @@ static uint64_t load_bits(const void *array, lpsgd_dtype dtype, int j)
     return bits;
 }
 
-/* Of eight elements five are normal, of any size; one each is huge, zero and subnormal. Parameters are
- * at most 1, and every other one subnormal or zero, so that they hide nothing of a step; gradients and
- * momentum have the same sign and parameters the other one, so that it cancels nothing that pow() rounds. */
+/* Of eight elements five are normal, of any size, and one each is huge, zero and subnormal. Parameters
+ * are at most 1, and every other one subnormal or zero, so that they hide nothing of a step. Gradients
+ * and momentum have the same sign and parameters the other one, so that no step cancels what pow()
+ * rounds. */
 static void fill_array(void *array, lpsgd_dtype dtype, uint64_t seed, int is_param)
 {
     static const struct {
@@ -117,15 +118,14 @@ static void fill_array(void *array, lpsgd_dtype dtype, uint64_t seed, int is_par
     const uint64_t bias = formats[dtype].bias;
     for (int j = 0; j < LPSGD_CUDA_CHECK_NUMEL; j++) {
         const uint64_t random = lpsgd_key(seed, (uint64_t)j), high = random >> 52;
-        const uint64_t fraction = random & ((UINT64_C(1) << mantissa) - 1);
-        const uint64_t exponent = j % 8 == 7   ? 0
-                                  : is_param   ? (j % 2 ? bias - 1 - high % 14 : 0)
+        const uint64_t top = UINT64_C(1) << (mantissa - 1), fraction = random & (2 * top - 1);
+        const uint64_t exponent = is_param     ? (j % 2 ? bias - 1 - high % 14 : 0)
                                   : j % 8 == 5 ? 2 * bias
                                                : 1 + high % (2 * bias);
         const uint64_t sign = (uint64_t)(j % 3 == 0) ^ (uint64_t)is_param;
-        const uint64_t magnitude = j % 8 == 6 ? 0
-                                   : exponent ? exponent << mantissa | fraction
-                                              : fraction >> high % (uint64_t)mantissa;
+        const uint64_t magnitude = j % 8 == 7   ? (fraction | top) >> (j - 7 + (int)(seed / 2 % 2))
+                                   : j % 8 == 6 ? 0
+                                                : exponent << mantissa | fraction;
         store_bits(array, dtype, j, sign << (8 * lpsgd_itemsize(dtype) - 1) | magnitude);
     }
 }

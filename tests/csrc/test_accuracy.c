@@ -50,22 +50,45 @@ static void test_power_is_within_4_ulp_for_every_exponent(void **state)
     }
 }
 
-static void test_power_is_within_4_ulp_for_any_rho(void **state)
+/* Where roundings of the tables add up: the exponent, ordinary, whose coarse * fine errs most in a
+ * direction, and the eighth whose root does, as the bits of the least y there. */
+static int32_t worst_tables(const lpsgd_tables *tables, double rho, double direction)
+{
+    double octaves = 0.0, root = 0.0;
+    int32_t exponent = 1, eighth = 0;
+    for (int32_t i = 1; i < 252; i++) {
+        const double product = (double)tables->coarse[i >> 3] * tables->fine[i & 7];
+        const double error = direction * (product * pow(2.0, rho * (i - 127)) - 1.0);
+        if (error > octaves)
+            octaves = error, exponent = i;
+    }
+    for (int32_t i = 0; i < 8; i++) {
+        const double error = direction * (tables->root[i] * pow(tables->reciprocal[i], -rho) - 1.0);
+        if (error > root)
+            root = error, eighth = i;
+    }
+    return exponent << 23 | eighth << 20;
+}
+
+static void test_power_is_within_4_ulp_and_u_within_5_for_any_rho(void **state)
 {
     (void)state;
     uint64_t random = 5;
-    double worst = 0.0;
-    for (int r = 0; r < 400; r++) {
+    double worst = 0.0, worst_u = 0.0;
+    for (int r = 0; r < 4000; r++) {
         const double uniform = (double)(next_random(&random) >> 11) * 0x1p-53;
         const lpsgd_scalars k = scalars_for(r % 4 ? 0.85 + 0.15 * uniform : uniform, 0.0);
-        for (int i = 0; i < 20000; i++) {
-            const uint64_t bits = next_random(&random), exponent = 1 + bits % 254;
-            const uint64_t mantissa = bits >> 41;
-            worst = fmax(worst, power_error(lpsgd_float((int32_t)(exponent << 23 | mantissa)), &k));
+        const int32_t least = worst_tables(&k.tables, k.rho64, r % 2 ? 1.0 : -1.0);
+        for (int i = 0; i < 1000; i++) {
+            const float y = lpsgd_float(least | (int32_t)(next_random(&random) >> 44));
+            const double power = pow((double)y, -k.rho64);
+            worst = fmax(worst, power_error(y, &k));
+            worst_u = fmax(worst_u, error_in_ulp(direction(y, &k), y * power, FLT_MIN));
         }
     }
-    print_message("random rho: worst %.4f ulp\n", worst);
+    print_message("random rho: worst %.4f ulp, u within %.4f ulp\n", worst, worst_u);
     assert_true(worst <= 4.0);
+    assert_true(worst_u <= 5.0);
 }
 
 static void test_power_of_ordinary_y_needs_no_scaling(void **state)
@@ -197,7 +220,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_power_is_within_4_ulp_for_every_exponent),
-        cmocka_unit_test(test_power_is_within_4_ulp_for_any_rho),
+        cmocka_unit_test(test_power_is_within_4_ulp_and_u_within_5_for_any_rho),
         cmocka_unit_test(test_power_of_ordinary_y_needs_no_scaling),
         cmocka_unit_test(test_direction_is_within_5_ulp_and_odd),
         cmocka_unit_test(test_edge_cases_of_direction),

@@ -411,8 +411,8 @@ static void test_the_check_has_elements_for_all_of_the_power(void **state)
     static const lpsgd_dtype wide[] = {LPSGD_FLOAT32, LPSGD_BFLOAT16};
     for (int w = 0; w < 2; w++) {
         const float_format f = format_of(wide[w]);
-        uint32_t coarse = 0, fine = 0, eighth = 0;
-        int zero = 0, subnormal = 0, small_power = 0;
+        uint32_t coarse = 0, fine = 0, eighth = 0, subnormal = 0;
+        int zero = 0, small_power = 0;
         for (int i = 0; i < LPSGD_CUDA_CHECKS; i++) {
             lpsgd_cuda_check_memory memory;
             const lpsgd_cuda_check check = lpsgd_cuda_check_number(i, &memory);
@@ -427,14 +427,16 @@ static void test_the_check_has_elements_for_all_of_the_power(void **state)
                 const float y = fabsf(lpsgd_float((int32_t)x)) + k.eps;
                 const uint32_t bits = (uint32_t)lpsgd_bits(y);
                 zero |= y == 0.0f;
-                subnormal |= y != 0.0f && bits < 0x00800000;
+                if (y != 0.0f && bits < 0x00800000)
+                    subnormal |= 1u << (lpsgd_bits(y * 0x1p24f) >> 26 & 3);
                 small_power |= lpsgd_power(y, &k.tables, &k).after != 1.0f;
                 coarse |= 1u << (bits >> 26);
                 fine |= 1u << (bits >> 23 & 7);
                 eighth |= 1u << (bits >> 20 & 7);
             }
         }
-        assert_true(zero && subnormal && small_power && fine == 0xff && eighth == 0xff);
+        assert_true(zero && small_power && fine == 0xff && eighth == 0xff);
+        assert_true(subnormal == 0xf || (w && subnormal & 8)); /* bfloat16 has few of them */
         assert_true(__builtin_popcount(coarse) >= 16);
     }
 }

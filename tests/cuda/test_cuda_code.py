@@ -176,12 +176,13 @@ def test_neither_stack_nor_local_memory(resources, machine_code):
 
 
 def test_shared_memory_holds_the_tables_alone(resources):
-    """60 floats, where the power is not CUDA's; from sm_90 on there is 1 KiB of the driver's as well."""
-    for kind, n, part in resources:
-        shared = re.findall(r"Function (\w+):\s+REG.* SHARED:(\d+)", part)
-        assert kind == "ptx" or {name for name, _ in shared} == ALL
-        for name, size in shared:
-            assert int(size) == 0 if "float64" in name or "fold" in name else int(size) % 1024 == 240
+    """60 floats, where the power is not CUDA's; from sm_90 on with 1 KiB of the driver's."""
+    for kind, _, part in resources:
+        shared = dict(re.findall(r"Function (\w+):\s+REG.* SHARED:(\d+)", part))
+        assert kind == "ptx" or set(shared) == ALL
+        for name, size in shared.items():
+            without = "float64" in name or "fold" in name
+            assert int(size) == 0 if without else int(size) % 1024 == 240
 
 
 def test_registers_leave_room_for_1024_threads(resources):
@@ -253,7 +254,7 @@ def blocks_of(code):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scalars_are_arguments_or_loaded_at_once(instructions, kernel):
     """No generic load has to find out which, and those of device memory are issued together with
-    that of what found_inf came to, the last of lpsgd_cuda_scalars: behind the barrier a launch waits
+    that of what found_inf came to, the last of lpsgd_cuda_scalars: after the barrier a block waits
     for them once."""
     for n, functions in instructions.items():
         code = functions[kernel]
@@ -278,7 +279,10 @@ def test_tables_are_read_from_a_copy_that_the_block_makes_once(instructions, ker
         assert "LDS" not in names[:barrier] and "LDS" in names[barrier:], n
         reads = [one for one in code if one.name == "LDS"]
         assert {one.opcode for one in reads} <= {"LDS", "LDS.U"}, n  # a word each
-        assert all(re.search(r"\[R\d", one.operands) for one in reads), (n, "a thread's own index")
+        assert all(re.search(r"\[R\d", one.operands) for one in reads), (n, "not uniform")
+        # A table is of 32 words or fewer, so that each of them is in a bank of its own.
+        offsets = (re.search(r"(?:\+0x(\w+))?\]", one.operands)[1] for one in reads)
+        assert {int(at or "0", 16) for at in offsets} == {0, 0x80, 0xA0, 0xC0, 0xE0}, n
 
 
 def fused_to_nearest(code):

@@ -30,8 +30,8 @@ from torch.nn import Parameter
 import lpsgd
 from fuzzing import SECONDS, report
 
-# In units of the larger of the parameter and its update: 4 ulp of C's power, 2 of PyTorch's, and the
-# roundings of the product and of the sum.
+# In units of the larger of the parameter and its update: 4 ulp of C's power, 2 of PyTorch's, and
+# the roundings of the product and of the sum.
 TOLERANCE = 8
 
 SHAPES = [(), (1,), (5,), (3, 4), (2, 3, 4), (0,), (700,)]
