@@ -301,10 +301,10 @@ LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, noise *bits
         u.part[i] = replace_extraordinary(u.part[i], x.part[i], y[i], k);
     const int rounds = f.dtype == LPSGD_BFLOAT16 || f.momentum_dtype == LPSGD_BFLOAT16;
     const int stochastic = rounds && k->stochastic_rounding;
-    for (int i = 0; i < 2 && stochastic; i++)
-        random[i] = is_interleaved(f)
-                        ? random_each(bits->key, at.index + (uint64_t)i, 2)
-                        : random_each(bits->key, at.index + (uint64_t)(i * lanes), 1);
+    for (int i = 0; i < 2 && stochastic; i++) {
+        const int first = is_interleaved(f) ? i : i * lanes;
+        random[i] = random_each(bits->key, at.index + (uint64_t)first, is_interleaved(f) ? 2 : 1);
+    }
     if (f.has_momentum)
         store_momentum(at, x, stochastic, random, bits, f, s);
     if (rule == LPSGD_RULE_REST)
@@ -327,8 +327,8 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
     };
 }
 
-/* A batch that has an element out of the ordinary, or n elements, fewer than a batch, by way of a whole one
- * elsewhere, in which they come after `skip` others. */
+/* A batch that has an element out of the ordinary, or n elements, fewer than a batch: by way of a whole
+ * one elsewhere, in which they come after `skip` others. */
 LPSGD_VECTOR void step_with_care(place at, int skip, int n, const form f, noise *bits,
                                  const vscalars *s, const lpsgd_scalars *k)
 {
@@ -340,8 +340,8 @@ LPSGD_VECTOR void step_with_care(place at, int skip, int n, const form f, noise 
     memcpy(grad + from, at.grad, bytes);
     if (f.has_momentum)
         memcpy(momentum_buffer + momentum_from, at.momentum_buffer, momentum_bytes);
-    step_batch((place){param, grad, momentum_buffer, at.index - (uint64_t)skip}, f, k->rule, bits, 1, s,
-               k);
+    step_batch((place){param, grad, momentum_buffer, at.index - (uint64_t)skip}, f, k->rule, bits, 1,
+               s, k);
     if (k->rule != LPSGD_RULE_REST)
         memcpy(at.param, param + from, bytes);
     if (f.has_momentum)
@@ -366,20 +366,16 @@ LPSGD_VECTOR void step_all(const lpsgd_buffer *list, const form f, const lpsgd_s
     noise bits = {.key = lpsgd_key(k->rounding_key, b->stream),
                   .byte_key = lpsgd_byte_key(k->rounding_key, b->stream),
                   .block = UINT64_MAX};
-    int64_t i = 0;
-    if (f.momentum_dtype == LPSGD_FLOAT8_E5M2 && b->index % batch) {
-        const int skip = (int)(b->index % batch), left = batch - skip;
-        i = b->numel < left ? b->numel : left;
-        step_with_care(place_of(b, 0, f), skip, (int)i, f, &bits, &s, k);
-    }
-    while (i < b->numel) {
-        if (k->rule == LPSGD_RULE_POWER)
+    /* Of the first batch, which begins at a multiple of its size, so many elements lie before b. */
+    int skip = f.momentum_dtype == LPSGD_FLOAT8_E5M2 ? (int)(b->index % batch) : 0;
+    for (int64_t i = 0; i < b->numel; skip = 0) {
+        if (!skip && k->rule == LPSGD_RULE_POWER)
             i = step_batches(b, i, f, LPSGD_RULE_POWER, &bits, &s, k);
-        else
+        else if (!skip)
             i = step_batches(b, i, f, k->rule, &bits, &s, k);
-        const int n = b->numel - i < batch ? (int)(b->numel - i) : batch;
+        const int room = batch - skip, n = b->numel - i < room ? (int)(b->numel - i) : room;
         if (n)
-            step_with_care(place_of(b, i, f), 0, n, f, &bits, &s, k);
+            step_with_care(place_of(b, i, f), skip, n, f, &bits, &s, k);
         i += n;
     }
 }

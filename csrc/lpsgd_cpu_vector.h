@@ -16,10 +16,12 @@ typedef int32_t vint __attribute__((vector_size(4 * LPSGD_LANES)));
 typedef uint32_t vuint __attribute__((vector_size(4 * LPSGD_LANES)));
 typedef uint16_t vhalf __attribute__((vector_size(2 * LPSGD_LANES)));
 
-/* By its bits: where C computes float as double, as for s390x, a scalar would not go with a vector. */
 LPSGD_VECTOR vfloat splat(float x)
 {
-    return (vfloat)(lpsgd_bits(x) + (vint){0});
+    vfloat all;
+    for (int i = 0; i < lanes; i++)
+        all[i] = x;
+    return all;
 }
 
 LPSGD_VECTOR vfloat load_float(const void *from)

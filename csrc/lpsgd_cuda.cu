@@ -12,9 +12,13 @@ static __device__ lpsgd_cuda_place this_thread(void)
     return place;
 }
 
-/* What a kernel promises, and asks for: 64 registers, where nvcc would take more for sm_75. */
+/* A kernel's bounds. For sm_75 nvcc would take more than 64 registers for one of them. */
 #define LPSGD_CUDA_FREE (LPSGD_CUDA_THREADS)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define LPSGD_CUDA_TIGHT (LPSGD_CUDA_THREADS, 4)
+#else
+#define LPSGD_CUDA_TIGHT LPSGD_CUDA_FREE
+#endif
 
 /* A kernel, which does `work` on as many tensors as its arguments have room for. */
 #define LPSGD_CUDA_GLOBAL(name, work, arguments, bounds)                                           \
