@@ -83,6 +83,9 @@ static int check_hyper(const lpsgd_hyper *hyper)
         return refuse_value("pivot value", hyper->pivot);
     case LPSGD_ERROR_GRAD_SCALE:
         return refuse_value("grad_scale", hyper->grad_scale);
+    case LPSGD_ERROR_MOMENTUM_EXPONENT:
+        PyErr_Format(PyExc_ValueError, "Invalid momentum_exponent: %d", hyper->momentum_exponent);
+        return -1;
     default:
         PyErr_SetString(PyExc_SystemError, lpsgd_status_text(status));
         return -1;
@@ -229,12 +232,6 @@ done:
     return result;
 }
 
-static void release(tensor_lists *lists)
-{
-    for (int j = 0; j < lists->count; j++)
-        Py_XDECREF(lists->tuple[j]);
-}
-
 PyDoc_STRVAR(lpsgd_doc,
 "lpsgd_(params, grads, *, lr, p, weight_decay=0.0, eps=1e-08, pivot=1.0, maximize=False,\n"
 "       grad_scale=None, found_inf=None, seed=None, step=0, streams=None, offsets=None,\n"
@@ -277,8 +274,8 @@ PyDoc_STRVAR(lpsgd_doc,
 PyDoc_STRVAR(lpsgdm_doc,
 "lpsgdm_(params, grads, momentum_buffers, *, lr, p, momentum=0.9, weight_decay=0.0, eps=1e-08, "
 "pivot=1.0, maximize=False,\n"
-"        momentum_float32=False, grad_scale=None, found_inf=None, seed=None, step=0, streams=None,\n"
-"        offsets=None, scratch=None, dry_run=False)\n"
+"        momentum_dtype=None, momentum_exponent=15, stochastic_rounding=None, grad_scale=None,\n"
+"        found_inf=None, seed=None, step=0, streams=None, offsets=None, scratch=None, dry_run=False)\n"
 "--\n"
 "\n"
 "One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element::\n"
@@ -291,7 +288,13 @@ PyDoc_STRVAR(lpsgdm_doc,
 "    momentum_buffers: one tensor for each parameter, of its shape, dtype and strides, zeros before\n"
 "        the first step. Updated in place.\n"
 "    momentum: 0 <= momentum < 1.\n"
-"    momentum_float32: the momentum buffers of bfloat16 and float16 parameters are float32.\n"
+"    momentum_dtype: the dtype of the momentum buffers of float32, bfloat16 and float16 parameters:\n"
+"        torch.float32, torch.bfloat16, torch.float8_e5m2 or the name of one; None for the parameter's,\n"
+"        which float64 parameters always have.\n"
+"    momentum_exponent: float8_e5m2 holds the momentum times 2 to the power of this; an int from -126\n"
+"        to 126.\n"
+"    stochastic_rounding: whether bfloat16, of parameters and of momentum buffers, is rounded at\n"
+"        random; None: if there is a seed. float8_e5m2 always is, and needs a seed.\n"
 "\n"
 "The other arguments, the errors and what it says of threads are those of `lpsgd_`.");
 
@@ -325,15 +328,33 @@ static int read_integer(const char *function, const char *name, PyObject *object
     return 0;
 }
 
-/* A list or tuple of n items. Borrows; leaves *sequence as it is where object is NULL. */
+/* Makes an array of the n ints of a list or tuple, modulo 2^64, which the caller frees. Leaves *array as
+ * it is where object is NULL. */
 static int read_numbers(const char *function, const char *name, PyObject *object, Py_ssize_t n,
-                        PyObject **sequence)
+                        uint64_t **array)
 {
     if (!object)
         return 0;
     if (!(PyList_Check(object) || PyTuple_Check(object)) || PySequence_Size(object) != n)
         return refuse_argument(function, name, "list or tuple of one int for each parameter");
-    *sequence = object;
+    *array = PyMem_Calloc((size_t)n + 1, sizeof **array);
+    if (!*array) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *number = PySequence_GetItem(object, i);
+        if (number) {
+            (*array)[i] = PyLong_AsUnsignedLongLongMask(number);
+            Py_DECREF(number);
+        }
+        if (!PyErr_Occurred())
+            continue;
+        if (PyErr_ExceptionMatches(PyExc_TypeError))
+            PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must have an int for each parameter",
+                         function, name);
+        return -1;
+    }
     return 0;
 }
 
@@ -343,7 +364,8 @@ typedef struct arguments {
     PyObject *sequence[MAX_LISTS];
     PyObject *lr, *p, *momentum, *weight_decay, *eps, *pivot;
     PyObject *grad_scale, *found_inf, *seed, *step, *streams, *offsets, *scratch;
-    int maximize, momentum_float32, dry_run;
+    PyObject *momentum_dtype, *momentum_exponent, *stochastic_rounding;
+    int maximize, dry_run;
 } arguments;
 
 static int parse(const char *function, PyObject *args, PyObject *kwargs, int has_momentum,
@@ -357,15 +379,16 @@ static int parse(const char *function, PyObject *args, PyObject *kwargs, int has
                                    "p",          "weight_decay", "eps",          "pivot",
                                    "maximize",   "grad_scale", "found_inf",      "seed",
                                    "step",       "streams",  "offsets",          "scratch",
-                                   "dry_run",    "momentum", "momentum_float32", NULL};
+                                   "dry_run",    "momentum", "momentum_dtype",   "momentum_exponent",
+                                   "stochastic_rounding", NULL};
     const int parsed =
         has_momentum
             ? PyArg_ParseTupleAndKeywords(
-                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOp:lpsgdm_", lpsgdm_names, &a->sequence[0],
+                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOOOO:lpsgdm_", lpsgdm_names, &a->sequence[0],
                   &a->sequence[1], &a->sequence[2], &a->lr, &a->p, &a->weight_decay, &a->eps,
                   &a->pivot, &a->maximize, &a->grad_scale, &a->found_inf, &a->seed, &a->step,
                   &a->streams, &a->offsets, &a->scratch, &a->dry_run, &a->momentum,
-                  &a->momentum_float32)
+                  &a->momentum_dtype, &a->momentum_exponent, &a->stochastic_rounding)
             : PyArg_ParseTupleAndKeywords(
                   args, kwargs, "OO|$OOOOOpOOOOOOOp:lpsgd_", lpsgd_names, &a->sequence[0],
                   &a->sequence[1], &a->lr, &a->p, &a->weight_decay, &a->eps, &a->pivot,
@@ -378,8 +401,10 @@ static int parse(const char *function, PyObject *args, PyObject *kwargs, int has
                      function, a->lr ? "p" : "lr");
         return -1;
     }
-    PyObject **const optional[] = {&a->grad_scale, &a->found_inf, &a->seed,
-                                   &a->streams,    &a->offsets,   &a->scratch};
+    PyObject **const optional[] = {
+        &a->grad_scale, &a->found_inf, &a->seed,           &a->streams,
+        &a->offsets,    &a->scratch,   &a->momentum_dtype, &a->stochastic_rounding,
+    };
     for (size_t i = 0; i < sizeof optional / sizeof *optional; i++)
         if (*optional[i] == Py_None)
             *optional[i] = NULL;
@@ -392,7 +417,6 @@ static int read_hyper(const torch_api *torch, const char *function, const argume
                       lpsgd_hyper *hyper, lpsgd_cuda_target *numbers, double *found_inf)
 {
     hyper->maximize = a->maximize;
-    hyper->stochastic_rounding = a->seed != NULL;
     hyper->p = 2.0; /* where the GPU has the number */
     const struct {
         const char *name;
@@ -413,9 +437,48 @@ static int read_hyper(const torch_api *torch, const char *function, const argume
         if (read_number(torch, function, all[i].name, all[i].object, all[i].value, numbers,
                         all[i].number))
             return -1;
+    return 0;
+}
+
+static int read_exponent(const char *function, PyObject *object, int *exponent)
+{
+    if (!PyLong_Check(object) || PyBool_Check(object))
+        return refuse_argument(function, "momentum_exponent", "int");
+    int overflow = 0;
+    const long number = PyLong_AsLongAndOverflow(object, &overflow);
+    if (overflow || number != (int)number) {
+        PyErr_Format(PyExc_ValueError, "Invalid momentum_exponent: %R", object);
+        return -1;
+    }
+    *exponent = (int)number;
+    return 0;
+}
+
+/* The momentum's dtype, and how it and bfloat16 are rounded. */
+static int read_rounding(const module_state *own, const char *function, const arguments *a,
+                         param_section *section)
+{
+    lpsgd_hyper *hyper = &section->hyper;
+    PyObject *dtype = a->momentum_dtype, *stochastic = a->stochastic_rounding;
+    if (dtype && !momentum_dtype_read(&own->torch, &own->names, dtype, section)) {
+        if (Py_TYPE(dtype) != Py_TYPE(own->torch.float32) && !PyUnicode_Check(dtype))
+            return refuse_argument(function, "momentum_dtype", "torch.dtype");
+        PyErr_Format(PyExc_ValueError, "Invalid momentum_dtype: %S", dtype);
+        return -1;
+    }
+    if (stochastic && !PyBool_Check(stochastic))
+        return refuse_argument(function, "stochastic_rounding", "bool");
+    if (a->momentum_exponent &&
+        read_exponent(function, a->momentum_exponent, &hyper->momentum_exponent))
+        return -1;
     if (a->step && read_integer(function, "step", a->step, &hyper->step))
         return -1;
-    return a->seed ? read_integer(function, "seed", a->seed, &hyper->seed) : 0;
+    if (a->seed && read_integer(function, "seed", a->seed, &hyper->seed))
+        return -1;
+    hyper->stochastic_rounding = stochastic ? stochastic == Py_True : a->seed != NULL;
+    if (a->seed || !(hyper->stochastic_rounding || hyper->momentum_dtype == LPSGD_FLOAT8_E5M2))
+        return 0;
+    return refuse_argument(function, "seed", "int where something is rounded stochastically");
 }
 
 static tensor_lists lists_of(const char *function, int has_momentum)
@@ -436,10 +499,15 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
     const torch_api *torch = &own->torch;
     tensor_lists lists = lists_of(function, has_momentum);
     arguments a = {.lr = NULL};
-    lpsgd_hyper hyper = {
-        .momentum = has_momentum ? 0.9 : 0.0, .eps = 1e-8, .pivot = 1.0, .grad_scale = 1.0};
+    param_section all = {.hyper = {.momentum = has_momentum ? 0.9 : 0.0,
+                                   .eps = 1e-8,
+                                   .pivot = 1.0,
+                                   .grad_scale = 1.0,
+                                   .momentum_exponent = 15},
+                         .own_momentum_dtype = 1};
     lpsgd_cuda_target numbers = {.scratch = NULL};
     double found_inf = 0.0;
+    uint64_t *streams = NULL, *offsets = NULL;
     if (parse(function, args, kwargs, has_momentum, &a))
         return NULL;
     if (a.scratch) {
@@ -448,25 +516,32 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
         if (!numbers.scratch)
             return NULL;
     }
-    const Py_ssize_t n = PySequence_Size(a.sequence[0]);
-    if (n < 0)
-        PyErr_Clear(); /* snapshot() says what is wrong */
-    if (read_hyper(torch, function, &a, &hyper, &numbers, &found_inf) ||
-        read_numbers(function, "streams", a.streams, n, &lists.streams) ||
-        read_numbers(function, "offsets", a.offsets, n, &lists.indices))
-        return NULL;
-    int result = check_hyper(&hyper);
+    int result = read_hyper(torch, function, &a, &all.hyper, &numbers, &found_inf);
+    if (result == 0)
+        result = read_rounding(own, function, &a, &all);
+    if (result == 0)
+        result = check_hyper(&all.hyper);
     for (int j = 0; j < lists.count && result == 0; j++) {
         lists.tuple[j] = snapshot(function, lists.name[j], a.sequence[j]);
         result = lists.tuple[j] ? 0 : -1;
     }
     if (result == 0) {
-        const param_section all = {PyTuple_Size(lists.tuple[0]), hyper, !a.momentum_float32};
+        all.end = PyTuple_Size(lists.tuple[0]);
+        result = read_numbers(function, "streams", a.streams, all.end, &streams) ||
+                         read_numbers(function, "offsets", a.offsets, all.end, &offsets)
+                     ? -1
+                     : 0;
+    }
+    if (result == 0) {
+        lists.streams = streams;
+        lists.indices = offsets;
         lists.sections = &all;
         lists.section_count = 1;
         result = step(own, &lists, &numbers, 1, !a.dry_run && found_inf == 0.0);
     }
-    release(&lists);
+    tensor_lists_release(&lists);
+    PyMem_Free(streams);
+    PyMem_Free(offsets);
     return result == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
@@ -507,20 +582,17 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
         return NULL;
     }
     module_state *own = state_of(module);
-    tensor_lists lists = lists_of("step_param_groups", has_momentum);
     const lpsgd_cuda_target no_numbers = {.scratch = NULL};
-    const Py_ssize_t count = PyList_Size(param_groups);
-    param_section *sections = PyMem_Calloc((size_t)count + 1, sizeof *sections);
-    if (!sections)
-        return PyErr_NoMemory();
+    gathered_step gathered = {.lists = lists_of("step_param_groups", has_momentum)};
     int done = param_groups_gather(&own->torch, &own->names, param_groups,
-                                   has_momentum ? state : NULL, observed, &lists, sections);
-    for (int i = 0; i < lists.section_count && done == 1; i++)
-        done = check_hyper(&sections[i].hyper) ? -1 : 1;
+                                   has_momentum ? state : NULL, observed, &gathered);
+    for (int i = 0; i < gathered.lists.section_count && done == 1; i++)
+        done = check_hyper(&gathered.sections[i].hyper) ? -1 : 1;
     if (done == 1)
-        done = step(own, &lists, &no_numbers, 0, 1) ? -1 : 1;
-    release(&lists);
-    PyMem_Free(sections);
+        done = step(own, &gathered.lists, &no_numbers, 0, 1) ? -1 : 1;
+    if (done == 1)
+        done = gathered_step_count(&own->names, &gathered) ? -1 : 1;
+    gathered_step_release(&gathered);
     if (done < 0) {
         const int unusual = PyErr_ExceptionMatches(PyExc_TypeError) ||
                             PyErr_ExceptionMatches(PyExc_ValueError) ||
@@ -727,6 +799,9 @@ static int module_exec(PyObject *module)
     X((own)->torch.storage_offset.object)                                                          \
     X((own)->torch.increment_version)                                                              \
     X((own)->torch.get_num_threads)                                                                \
+    X((own)->torch.float32)                                                                        \
+    X((own)->torch.bfloat16)                                                                       \
+    X((own)->torch.float8_e5m2)                                                                    \
     X((own)->cuda_error)
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

@@ -12,7 +12,9 @@
 #define LPSGD_NAMES(X)                                                                             \
     X(params) X(grad) X(momentum_buffer)                                                           \
     X(lr) X(p) X(momentum) X(weight_decay) X(eps) X(pivot) X(maximize) X(momentum_dtype)           \
-    X(fused) X(foreach) X(differentiable) X(capturable) X(stochastic_rounding)
+    X(fused) X(foreach) X(differentiable) X(capturable)                                            \
+    X(momentum_exponent) X(stochastic_rounding) X(seed) X(rounding_step)                           \
+    X(float32) X(bfloat16) X(float8_e5m2)
 
 typedef struct attribute_names {
 #define LPSGD_NAME(name) PyObject *name;
@@ -23,15 +25,37 @@ typedef struct attribute_names {
 /* Returns 0, or -1 with an exception. */
 int attribute_names_make(attribute_names *names);
 
+/* Reads a momentum_dtype, which is None, a torch.dtype or its name, into the section. Returns 1, or 0
+ * for anything else. */
+int momentum_dtype_read(const torch_api *torch, const attribute_names *names, PyObject *value,
+                        param_section *section);
+
+/* A group whose steps are counted, since they are rounded at random. Owns both. */
+typedef struct step_count {
+    PyObject *group, *next; /* the number of its next step; NULL: it is not counted */
+} step_count;
+
+/* What a step of an optimizer takes. */
+typedef struct gathered_step {
+    tensor_lists lists;
+    param_section *sections; /* one for each group, as are the counts */
+    step_count *counts;
+    uint64_t *streams; /* the number of each parameter among those of all groups */
+} gathered_step;
+
 /* Gathers the parameters that have a gradient, their gradients and, unless `state` is NULL, their
- * momentum buffers, as torch.optim does. `sections` has room for each of the groups. `observed`: C
- * may step a group only if that has fused=True.
+ * momentum buffers, as torch.optim does, into `to`, whose lists have their names. `observed`: C may
+ * step a group only if that has fused=True.
  *
  * Returns 1; 0 for whatever takes more than a look: a number that is no float, a parameter without
- * a state, an option that C does not serve; or -1 with an exception. In each case the caller
- * releases the tuples of `lists`. */
+ * a state, an option that C does not serve; or -1 with an exception. In each case the caller calls
+ * gathered_step_release. */
 int param_groups_gather(const torch_api *torch, const attribute_names *names,
-                        PyObject *param_groups, PyObject *state, int observed, tensor_lists *lists,
-                        param_section *sections);
+                        PyObject *param_groups, PyObject *state, int observed, gathered_step *to);
+
+/* Counts the step, once it is made. Returns 0, or -1 with an exception. */
+int gathered_step_count(const attribute_names *names, const gathered_step *step);
+
+void gathered_step_release(gathered_step *step);
 
 #endif

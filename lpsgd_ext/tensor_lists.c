@@ -9,24 +9,10 @@
 
 #include "tensor.h"
 
-/* The int of a parameter in `sequence`, modulo 2^64, or `otherwise` if there is no sequence. */
-static int read_number(const tensor_lists *lists, const char *name, PyObject *sequence,
-                       Py_ssize_t i, uint64_t otherwise, uint64_t *number)
+void tensor_lists_release(tensor_lists *lists)
 {
-    *number = otherwise;
-    if (!sequence)
-        return 0;
-    PyObject *object = PySequence_GetItem(sequence, i);
-    if (object) {
-        *number = PyLong_AsUnsignedLongLongMask(object);
-        Py_DECREF(object);
-    }
-    if (!PyErr_Occurred())
-        return 0;
-    if (PyErr_ExceptionMatches(PyExc_TypeError))
-        PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must have an int for each parameter",
-                     lists->function, name);
-    return -1;
+    for (int j = 0; j < lists->count; j++)
+        Py_CLEAR(lists->tuple[j]);
 }
 
 static int check_lengths(const tensor_lists *lists)
@@ -170,15 +156,12 @@ int tensor_lists_read(const torch_api *torch, remembered *calls, const tensor_li
 
     int section = 0;
     for (Py_ssize_t i = 0; i < n; i++) {
-        lpsgd_dl_tensor row[MAX_LISTS];
-        lpsgd_dtype dtype;
-        int64_t numel;
-        uint64_t stream, index;
+        lpsgd_dl_tensor row[MAX_LISTS] = {{.data = NULL}};
+        lpsgd_dtype dtype = LPSGD_FLOAT32;
+        int64_t numel = 0;
         while (i == lists->sections[section].end)
             section++;
-        if (read_row(torch, lists, i, &lists->sections[section], checked, row, &dtype, &numel) ||
-            read_number(lists, "streams", lists->streams, i, (uint64_t)i, &stream) ||
-            read_number(lists, "offsets", lists->indices, i, 0, &index))
+        if (read_row(torch, lists, i, &lists->sections[section], checked, row, &dtype, &numel))
             goto done;
         if (!numel)
             continue;
@@ -193,8 +176,8 @@ int tensor_lists_read(const torch_api *torch, remembered *calls, const tensor_li
             .grad = row[1].data,
             .momentum_buffer = lists->count > 2 ? row[2].data : NULL,
             .numel = numel,
-            .stream = stream,
-            .index = index,
+            .stream = lists->streams ? lists->streams[i] : (uint64_t)i,
+            .index = lists->indices ? lists->indices[i] : 0,
         };
     }
     distribute(groups, buffers, count, list);

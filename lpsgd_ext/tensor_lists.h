@@ -37,10 +37,13 @@ typedef struct tensor_lists {
     const char *name[MAX_LISTS];
     int written[MAX_LISTS];
     PyObject *tuple[MAX_LISTS];
-    PyObject *streams, *indices; /* sequences of one int per parameter; NULL: 0, 1, ... and all 0 */
+    const uint64_t *streams, *indices; /* one per parameter; NULL: 0, 1, ... and all 0 */
     const param_section *sections; /* the last one's end is the tuples' length */
     int section_count;
 } tensor_lists;
+
+/* Releases the tuples, those that there are. */
+void tensor_lists_release(tensor_lists *lists);
 
 /* The non-empty tensors' memory, grouped by section, device and dtype. */
 typedef struct buffer_group {

@@ -81,6 +81,9 @@ int torch_api_load(torch_api *torch)
         {&torch->increment_version, "torch.autograd.graph", "increment_version", NULL},
         {&torch->get_num_threads, "torch", "get_num_threads", NULL},
         {&torch->is_inference_mode_enabled, "torch", "is_inference_mode_enabled", NULL},
+        {&torch->float32, "torch", "float32", NULL},
+        {&torch->bfloat16, "torch", "bfloat16", NULL},
+        {&torch->float8_e5m2, "torch", "float8_e5m2", NULL},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         *wanted[i].to =

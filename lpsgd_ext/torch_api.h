@@ -21,6 +21,7 @@ typedef struct torch_api {
     PyObject *tensor_type, *parameter_type;
     tensor_method is_neg, is_inference, untyped_storage, storage_offset;
     PyObject *increment_version, *get_num_threads, *is_inference_mode_enabled;
+    PyObject *float32, *bfloat16, *float8_e5m2; /* of torch.dtype, what momentum_dtype may be */
     const lpsgd_dl_api *dlpack; /* static memory of PyTorch's */
 } torch_api;
 

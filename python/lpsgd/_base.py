@@ -25,7 +25,6 @@ from ._unusual import (
     Fresh,
     Lists,
     States,
-    has_dtype_in_c,
     observed,
     sharing,
     span,
@@ -216,8 +215,6 @@ class LPOptimizer(Optimizer):
         """The whole step by one call of C, if there is nothing unusual about it."""
         attributes = self.__dict__
         if attributes.get("grad_scale") is not None or attributes.get("found_inf") is not None:
-            return False
-        if not all(map(has_dtype_in_c, self.param_groups)):
             return False
         state = self.state if "momentum" in self._HYPER else None
         return lpsgd_ext.step_param_groups(self.param_groups, state, observed())

@@ -11,7 +11,7 @@ import lpsgd_ext
 
 from ._base import LPOptimizer, defaults_of
 from ._compiled import new_buffer, traced_new_buffer
-from ._unusual import C_HAS_EVERY_DTYPE, Fresh, Lists, States
+from ._unusual import Fresh, Lists, States
 from ._values import momentum_dtype_in, momentum_dtype_of, with_hints
 
 
@@ -204,8 +204,6 @@ class LPSGDM(LPOptimizer):
         return [state["momentum_buffer"] for state in states]
 
     def _native_step(self, lists: Lists, **values: Any) -> None:
-        if not C_HAS_EVERY_DTYPE and values.pop("momentum_dtype", None) is not None:
-            values["momentum_float32"] = True
         lpsgd_ext.lpsgdm_(lists[0], lists[1], lists[2], **values)
 
 

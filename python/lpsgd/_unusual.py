@@ -40,9 +40,6 @@ Span = tuple[int, int]  # the address of a tensor's first byte and that behind i
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
-# Whether the C kernels take every momentum_dtype, or None and float32 alone.
-C_HAS_EVERY_DTYPE = "momentum_exponent" in (lpsgd_ext.lpsgdm_.__doc__ or "")
-
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATE_FOLLOWS = (
     "; optimizer.load_state_dict(optimizer.state_dict()) lets the state follow a model that has "
@@ -155,10 +152,8 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
     group, lists, streams = gathered
     values = _step_values(optimizer, group)
     rounding, count = _rounding(optimizer, group)
-    in_c = (
-        has_dtype_in_c(group)
-        and not group["differentiable"]
-        and (group["fused"] or (by_default(group) and not observed()))
+    in_c = not group["differentiable"] and (
+        group["fused"] or (by_default(group) and not observed())
     )
     if group["capturable"] and not group["fused"]:
         _check_capturable(lists[0])
@@ -219,10 +214,6 @@ def _step_values(optimizer: "LPOptimizer", group: dict[str, Any]) -> dict[str, A
     if momentum_dtype is not None:
         values["momentum_dtype"] = momentum_dtype
     return values
-
-
-def has_dtype_in_c(group: dict[str, Any]) -> bool:
-    return C_HAS_EVERY_DTYPE or momentum_dtype_in(group) in (None, torch.float32)
 
 
 def _rounding(optimizer: Optimizer, group: dict[str, Any]) -> tuple[dict[str, int], list[Call]]:

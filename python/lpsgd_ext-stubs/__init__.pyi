@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from typing import Any, SupportsFloat, TypedDict
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 class CudaError(RuntimeError): ...
 
@@ -44,7 +44,9 @@ def lpsgdm_(
     eps: SupportsFloat = 1e-8,
     pivot: SupportsFloat = 1.0,
     maximize: bool = False,
-    momentum_float32: bool = False,
+    momentum_dtype: dtype | str | None = None,
+    momentum_exponent: int = 15,
+    stochastic_rounding: bool | None = None,
     grad_scale: SupportsFloat | None = None,
     found_inf: SupportsFloat | None = None,
     seed: int | None = None,

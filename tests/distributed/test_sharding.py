@@ -19,12 +19,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from helpers import CLASSES, DTYPES, bits
 from lpsgd import LPSGD, LPSGDM, momentum_report, suggest_pivot
-from lpsgd._unusual import C_HAS_EVERY_DTYPE
 from ranks import on_ranks, whole_bits
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
-# Of the momentum; PyTorch's operations, which step in the place of C, have no bits of one process.
-MOMENTUM_DTYPES = [None, torch.float8_e5m2] if C_HAS_EVERY_DTYPE else [None]
+MOMENTUM_DTYPES = [None, torch.float8_e5m2]
 SHAPES = [(1,), (5,), (2500,), (7, 5), (3, 4, 2), (40, 70)]
 
 

@@ -90,8 +90,9 @@ def test_signatures_can_be_inspected():
     signature = inspect.signature(lpsgd_ext.lpsgdm_)
     assert list(signature.parameters) == [
         *("params", "grads", "momentum_buffers", "lr", "p", "momentum", "weight_decay"),
-        *("eps", "pivot", "maximize", "momentum_float32", "grad_scale", "found_inf"),
-        *("seed", "step", "streams", "offsets", "scratch", "dry_run"),
+        *("eps", "pivot", "maximize", "momentum_dtype", "momentum_exponent"),
+        *("stochastic_rounding", "grad_scale", "found_inf", "seed", "step", "streams", "offsets"),
+        *("scratch", "dry_run"),
     ]
     assert signature.parameters["eps"].default == 1e-8
     for name in ("lpsgd_", "rho", "cosine_p", "cpu_capability", "build_info"):

@@ -55,9 +55,8 @@ def step_by_lists(optimizer):
         names = ["lr", "p", "weight_decay", "eps", "pivot", "maximize"]
         if isinstance(optimizer, lpsgd.LPSGDM):
             lists.append([optimizer.state[param]["momentum_buffer"] for param in params])
-            names.append("momentum")
-            numbers = {"momentum_float32": group["momentum_dtype"] is not None}
-            lpsgd_ext.lpsgdm_(*lists, **numbers, **{name: group[name] for name in names})
+            names += ["momentum", "momentum_dtype"]
+            lpsgd_ext.lpsgdm_(*lists, **{name: group[name] for name in names})
         else:
             lpsgd_ext.lpsgd_(*lists, **{name: group[name] for name in names})
 

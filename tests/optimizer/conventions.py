@@ -10,7 +10,6 @@ import torch
 from torch.optim import lr_scheduler
 
 import lpsgd
-from lpsgd._unusual import C_HAS_EVERY_DTYPE
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,6 @@ def configurations(*implementations):
             for info in OPTIMIZERS
             for description, kwargs in info.inputs.items()
             for implementation in implementations or IMPLEMENTATIONS
-            if C_HAS_EVERY_DTYPE or (description, implementation) != ("one_byte", "fused")
         ],
     )
 

@@ -13,15 +13,13 @@ from torch.nn import Parameter
 
 import lpsgd
 from helpers import bits, parameters, same_bits, set_grads, steps
-from lpsgd import _eager, _unusual
+from lpsgd import _eager
 
 BYTE = torch.float8_e5m2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MASK = (1 << 64) - 1
-EAGER = [{"foreach": True}, {"foreach": False}]
-if _unusual.C_HAS_EVERY_DTYPE:
-    EAGER += [{}, {"fused": True}]
-how = pytest.mark.parametrize("how", EAGER, ids=str)
+WAYS_TO_STEP = [{"foreach": True}, {"foreach": False}, {}, {"fused": True}]
+how = pytest.mark.parametrize("how", WAYS_TO_STEP, ids=str)
 
 
 def raw(buffer):
@@ -538,7 +536,7 @@ def test_a_malformed_buffer_is_refused_before_anything_is_written(wrong, how):
     optimizer.state[params[1]]["momentum_buffer"] = wrong
     before = copy.deepcopy(params), raw(buffers(optimizer)[0])
     set_grads(params)
-    with pytest.raises((RuntimeError, TypeError)):
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
         optimizer.step()
     assert same_bits(params, before[0])
     assert raw(buffers(optimizer)[0]) == before[1]

@@ -91,7 +91,7 @@ def test_float32_momentum_and_stochastic_rounding_have_the_cpus_bits(module, dty
     start = some_lists(dtype=dtype)
     start[2] = [tensor.float() for tensor in start[2]]
     lists = to_devices(start)
-    arguments = {"momentum_float32": True, "seed": 3, "step": 7, "streams": [4, 0, 2]}
+    arguments = {"momentum_dtype": torch.float32, "seed": 3, "step": 7, "streams": [4, 0, 2]}
     arguments["offsets"] = [0, 2**40, 1]
     step(module, lists, **arguments)
     assert_same(lists, stepped(start, **arguments))
