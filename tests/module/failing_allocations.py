@@ -5,8 +5,8 @@ PyTorch and of C: it raises and nothing has changed, or the whole step is made. 
 Run by test_allocation_failures.py with tests/module/failing_malloc.c as LD_PRELOAD and
 PYTHONMALLOC=malloc. Prints a line for each call: how many times an allocation failed, and its name.
 
-Not among them: several groups with options that C does not take all at once (a Tensor lr,
-stochastic rounding), which are stepped one after the other, and PyTorch's own operations.
+Not among them: several groups that C does not take all at once, since one has a Tensor lr for
+example, and which are stepped one after the other; and PyTorch's own operations.
 """
 
 import ctypes
@@ -87,7 +87,8 @@ def rounded(*lists):
 def param_groups(params, grads):
     numbers = {"lr": 0.1, "p": 4.0, "weight_decay": 0.0, "eps": 1e-8, "pivot": 1.0}
     numbers |= dict.fromkeys(("maximize", "differentiable", "capturable"), False)
-    numbers |= {"stochastic_rounding": False, "fused": None, "foreach": None}
+    numbers |= {"stochastic_rounding": True, "fused": None, "foreach": None}
+    numbers |= {"seed": 1 << 40, "rounding_step": 1 << 40}
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
     if not lpsgd_ext.step_param_groups([{"params": params, **numbers}], None, False):
@@ -110,6 +111,8 @@ CALLS = {
     "LPSGDM, 3 groups, first": lambda: Step(lpsgd.LPSGDM, 3, first=True),
     "LPSGDM, fused, first": lambda: Step(lpsgd.LPSGDM, 2, first=True, fused=True),
     "LPSGDM, rounded": lambda: Step(lpsgd.LPSGDM, **HALF),
+    "LPSGDM, 3 groups, rounded": lambda: Step(lpsgd.LPSGDM, 3, **HALF),
+    "LPSGDM, one byte": lambda: Step(lpsgd.LPSGDM, 2, momentum_dtype=torch.float8_e5m2),
     "LPSGDM, Tensor p": lambda: Step(lpsgd.LPSGDM, p=torch.tensor(4.0)),
 }
 

@@ -2,6 +2,7 @@
 """Memory and references after many steps: 20 000, or LPSGD_LEAK_STEPS (`make leaks`), of those that
 C makes at once, and a tenth of that of the others."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,8 +47,10 @@ runs = [
         ({"p": 2.0}, True, 1),
         ({"p": torch.tensor(4.0)}, False, 10),
         ({"foreach": True}, False, 10),
+        ({"stochastic_rounding": True, "seed": 1 << 40}, False, 1),
     )
 ]
+runs.append(Run(lpsgd.LPSGDM, {"momentum_dtype": torch.float8_e5m2}, False, 1))
 for run in runs:
     run.step(run.steps // 10)
 measure()  # the list of all objects takes memory, once
@@ -64,4 +67,5 @@ assert growth[3] < 40 * steps + (6 << 20)
 
 
 def test_many_steps_leave_memory_and_references_as_they_were():
-    run([sys.executable, "-c", PROGRAM], PYTHONPATH=str(Path(__file__).parent))
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    run([sys.executable, "-c", PROGRAM], PYTHONPATH=os.pathsep.join(path))

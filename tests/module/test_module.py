@@ -2,6 +2,7 @@
 """lpsgd_ext as a module: versions, threads, processes, environment."""
 
 import ast
+import copy
 import inspect
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 
 import lpsgd
 import lpsgd_ext
-from helpers import bits
+from helpers import DTYPES, bits
 
 STEP = """
 import hashlib, torch, lpsgd_ext
@@ -31,8 +32,14 @@ for threads in (1, 2, 3):
         for p in (2.0, 2.5, 6.0, 100.0, float("inf")):
             lpsgd_ext.lpsgdm_(params, grads, buffers, lr=1e-3, p=p, weight_decay=0.01)
             lpsgd_ext.lpsgd_(params, grads, lr=1e-3, p=p, eps=0.0)
+            for other in (torch.bfloat16, torch.float8_e5m2):
+                narrow = [buffer.to(other) for buffer in buffers]
+                keywords = {"momentum_dtype": other, "seed": 1, "offsets": [0, 3, 70]}
+                lpsgd_ext.lpsgdm_(params, grads, narrow, lr=1e-3, p=p, **keywords)
+                for tensor in narrow:
+                    digest.update(tensor.view(torch.uint8).numpy())
         for tensor in params + buffers:
-            digest.update(tensor.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy())
+            digest.update(tensor.view(torch.uint8).numpy())
     print(lpsgd_ext.cpu_capability(), threads, digest.hexdigest())
 """
 
@@ -128,6 +135,68 @@ def test_one_element_tensor_serves_as_a_value():
     assert torch.equal(*params)
 
 
+MOMENTUM_DTYPES = [None, torch.float32, torch.bfloat16, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("momentum_dtype", MOMENTUM_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stochastic", [None, False, True])
+def test_momentum_has_the_bits_of_pytorchs_operations(dtype, momentum_dtype, stochastic):
+    """p=2 and an lr that is a power of two: the parameter's too, but where float64 may be fused."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 64, 3, 1000)
+    made = [
+        [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
+        for _ in range(3)
+    ]
+    if momentum_dtype and dtype != torch.float64:
+        made[2] = [buffer.to(momentum_dtype) for buffer in made[2]]
+    where = {"seed": -5, "step": 2**40, "streams": [3, 1, -1, 2**65 + 7], "offsets": (0, 3, 5, 130)}
+    values = {"lr": 0.5, "p": 2.0, "momentum": 0.5, "momentum_exponent": 3, "grad_scale": 4.0}
+    other = copy.deepcopy(made)
+    lpsgd_ext.lpsgdm_(
+        *made, momentum_dtype=momentum_dtype, stochastic_rounding=stochastic, **values, **where
+    )
+    at_random = stochastic is not False
+    lpsgd._eager.for_loop(*other, stochastic_rounding=at_random, **values, **where)
+    for column in (0, 2):
+        for a, b in zip(made[column], other[column], strict=True):
+            assert torch.equal(bits(a), bits(b))
+
+
+def test_a_momentum_dtype_may_be_named_and_bytes_have_an_exponent_of_15_by_default():
+    results = []
+    for keywords in (
+        {"momentum_dtype": "float8_e5m2", "momentum_exponent": 15},
+        {"momentum_dtype": torch.float8_e5m2},
+        {"momentum_dtype": torch.float8_e5m2, "momentum_exponent": 14},
+    ):
+        buffer = torch.zeros(9, dtype=torch.float8_e5m2)
+        lpsgd_ext.lpsgdm_(
+            [torch.zeros(9)],
+            [torch.linspace(0.01, 1, 9)],
+            [buffer],
+            lr=0.1,
+            p=4.0,
+            seed=1,
+            **keywords,
+        )
+        results.append(buffer.float().tolist())
+    assert results[0] == results[1] == [2 * m for m in results[2]]
+
+
+def test_a_list_that_shrinks_while_it_is_read_is_refused():
+    class Shrinks:
+        def __index__(self):
+            del streams[1:], params[1:]
+            return 1
+
+    params, streams = [torch.ones(3) for _ in "123"], [Shrinks(), 1, 2]
+    lists = [params, [torch.ones(3) for _ in "123"]]
+    with pytest.raises(IndexError):
+        lpsgd_ext.lpsgd_(*lists, lr=0.1, p=4.0, seed=1, streams=streams)
+
+
 def test_references_are_returned():
     tensors = [torch.ones(3) for _ in range(3)]
     lists = [[tensor] for tensor in tensors]
@@ -138,6 +207,9 @@ def test_references_are_returned():
             lpsgd_ext.lpsgdm_(*lists, lr=0.1, p=1.0)
         with pytest.raises(TypeError):
             lpsgd_ext.lpsgdm_(lists[0], [None], lists[2], lr=0.1, p=4.0)
+        lpsgd_ext.lpsgdm_(*lists, lr=0.1, p=4.0, momentum_dtype=torch.float32)
+        with pytest.raises(TypeError):
+            lpsgd_ext.lpsgdm_(*lists, lr=0.1, p=4.0, momentum_dtype=torch.bfloat16, seed=1)
     assert [sys.getrefcount(x) for x in (*tensors, *lists)] == counts
 
 

@@ -14,6 +14,7 @@ import lpsgd_ext
 from helpers import CLASSES, DTYPES, same_bits, set_grads
 from references import references_kept
 
+BYTE = torch.float8_e5m2
 SIZES = [(7,), (), (3, 5), (0,), (1000,), (1,)]
 
 
@@ -49,16 +50,25 @@ def step(optimizer, observed=False):
 
 
 def step_by_lists(optimizer):
+    first = 0
     for group in optimizer.param_groups:
+        streams = [first + i for i, p in enumerate(group["params"]) if p.grad is not None]
+        first += len(group["params"])
         params = [param for param in group["params"] if param.grad is not None]
         lists = [params, [param.grad for param in params]]
         names = ["lr", "p", "weight_decay", "eps", "pivot", "maximize"]
         if isinstance(optimizer, lpsgd.LPSGDM):
             lists.append([optimizer.state[param]["momentum_buffer"] for param in params])
-            names += ["momentum", "momentum_dtype"]
-            lpsgd_ext.lpsgdm_(*lists, **{name: group[name] for name in names})
-        else:
-            lpsgd_ext.lpsgd_(*lists, **{name: group[name] for name in names})
+            names += ["momentum", "momentum_dtype", "momentum_exponent"]
+        values = {name: group[name] for name in names}
+        in_bytes = values.get("momentum_dtype") in ("float8_e5m2", torch.float8_e5m2)
+        if group["stochastic_rounding"] or in_bytes:
+            values |= {"seed": group["seed"], "step": group["rounding_step"], "streams": streams}
+            group["rounding_step"] += bool(params)
+        if in_bytes:
+            values["stochastic_rounding"] = group["stochastic_rounding"]
+        function = lpsgd_ext.lpsgdm_ if isinstance(optimizer, lpsgd.LPSGDM) else lpsgd_ext.lpsgd_
+        function(*lists, **values)
 
 
 def contents(optimizer):
@@ -109,6 +119,93 @@ def test_float32_momentum_is_a_groups_own(dtype):
     assert step(optimizer) is True
     step_by_lists(other)
     assert same_bits(contents(optimizer), contents(other))
+
+
+ROUNDINGS = [
+    (lpsgd.LPSGD, torch.bfloat16, {"stochastic_rounding": True}),
+    (lpsgd.LPSGDM, torch.bfloat16, {"stochastic_rounding": True}),
+    (lpsgd.LPSGDM, torch.float32, {"momentum_dtype": torch.bfloat16}),
+    (lpsgd.LPSGDM, torch.float32, {"momentum_dtype": torch.bfloat16, "stochastic_rounding": True}),
+    (lpsgd.LPSGDM, torch.float32, {"momentum_dtype": BYTE, "momentum_exponent": 9}),
+    (lpsgd.LPSGDM, torch.bfloat16, {"momentum_dtype": BYTE}),
+    (lpsgd.LPSGDM, torch.bfloat16, {"momentum_dtype": BYTE, "stochastic_rounding": True}),
+    (lpsgd.LPSGDM, torch.float16, {"momentum_dtype": BYTE}),
+    (lpsgd.LPSGDM, torch.float64, {"momentum_dtype": BYTE}),
+]
+
+
+def clock(optimizer):
+    return [group.get("rounding_step") for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("cls, dtype, values", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("missing", [[], [1, 7], [0, 1, 2, 3, 4, 5], [6, 8, 10, 11, 7, 9, 15]])
+def test_a_step_that_is_rounded_is_that_of_the_lists(cls, dtype, values, missing):
+    """Its random bits go by the numbers of the parameters, and each group's steps are counted."""
+    optimizer, other = (optimizer_of(cls, 3, dtype, seed=-9, **values) for _ in range(2))
+    for one in (optimizer, other):
+        for i in missing:
+            params_of(one)[i].grad = None
+    before = clock(optimizer)
+    for _ in range(2):
+        assert step(optimizer) is True
+        step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+    assert clock(optimizer) == clock(other)
+    at_random = "stochastic_rounding" in values or values["momentum_dtype"] is BYTE
+    idle = missing[:6] == [0, 1, 2, 3, 4, 5]
+    assert (clock(optimizer) != before) == at_random
+    assert before == [1 if at_random else None] * 3
+    assert not idle or clock(optimizer)[0] == before[0]
+
+
+def test_only_groups_that_are_rounded_are_counted():
+    optimizer, other = (optimizer_of(lpsgd.LPSGDM, 3, torch.bfloat16) for _ in range(2))
+    for one in (optimizer, other):
+        one.param_groups[1].update(
+            stochastic_rounding=True, rounding_step=2**63 - 2, seed=2**70 + 1
+        )
+        one.param_groups[2].update(momentum_dtype=BYTE, momentum_exponent=-2, rounding_step=-3)
+        for param in one.param_groups[2]["params"]:
+            buffer = one.state[param]["momentum_buffer"]
+            one.state[param]["momentum_buffer"] = buffer.to(BYTE)
+    assert step(optimizer) is True
+    step_by_lists(other)
+    assert same_bits(contents(optimizer), contents(other))
+    assert clock(optimizer) == clock(other) == [None, 2**63 - 1, -2]
+    assert_not_stepped(optimizer)  # no C integer has the next number
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, BYTE])
+def test_momentum_dtype_may_be_written_as_a_dtype_or_any_string_that_names_it(dtype):
+    name = "".join(list(str(dtype).removeprefix("torch.")))  # another object than C's
+    made = []
+    for written in (dtype, name):
+        optimizer = optimizer_of(lpsgd.LPSGDM, momentum_dtype=dtype)
+        for group in optimizer.param_groups:
+            group["momentum_dtype"] = written
+        assert step(optimizer) is True
+        made.append(contents(optimizer))
+    assert same_bits(*made)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_steps_that_may_be_idle_are_left(count):
+    """With lr = 0 in each group it takes a look at the gradients to tell whether they count."""
+    optimizer = optimizer_of(lpsgd.LPSGDM, count, momentum_dtype=BYTE)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    assert_not_stepped(optimizer)
+    optimizer.param_groups[-1]["lr"] = 1e-300
+    assert step(optimizer) is True
+    assert clock(optimizer) == [2] * count
+
+
+def test_a_refused_step_is_not_counted():
+    optimizer = optimizer_of(lpsgd.LPSGDM, 2, momentum_dtype=BYTE)
+    optimizer.state[params_of(optimizer)[-1]]["momentum_buffer"] = torch.zeros(1)
+    assert_not_stepped(optimizer)
+    assert clock(optimizer) == [1, 1]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -200,6 +297,35 @@ CHANGES = [
     *(another_value(name, False) for name in ("fused", "foreach")),
     *(another_value(name, None) for name in ("maximize", "lr", "differentiable")),
 ]
+
+
+def without(name):
+    def change(optimizer):
+        del optimizer.param_groups[1][name]
+
+    change.__name__ = f"no {name}"
+    return change
+
+
+ROUNDING_CHANGES = [
+    *(without(name) for name in ("rounding_step", "seed", "momentum_exponent")),
+    *(another_value("momentum_dtype", value) for value in ("float16", "", 8, torch.float16)),
+    *(another_value("momentum_dtype", value) for value in (None, "float32", torch.bfloat16)),
+    *(another_value("momentum_exponent", value) for value in (127, -127, 2**32, 2**70, 1.0, True)),
+    *(another_value("rounding_step", value) for value in (2**63 - 1, 2**64, -(2**64), 1.0, False)),
+    *(another_value("seed", value) for value in (1.0, True, None)),
+    *(another_value("stochastic_rounding", value) for value in (1, None)),
+    *(another_value(name, True) for name in ("capturable", "differentiable")),
+]
+
+
+@pytest.mark.parametrize("change", ROUNDING_CHANGES, ids=lambda change: change.__name__)
+def test_what_is_unusual_about_rounding_leaves_every_group(change):
+    optimizer = optimizer_of(lpsgd.LPSGDM, momentum_dtype=BYTE)
+    change(optimizer)
+    before = clock(optimizer)
+    assert_not_stepped(optimizer)
+    assert clock(optimizer) == before
 
 
 @pytest.mark.parametrize("cls", CLASSES)

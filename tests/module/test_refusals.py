@@ -13,6 +13,8 @@ import lpsgd_ext
 from helpers import bits
 from references import count_references, references_kept
 
+BYTE = torch.float8_e5m2
+
 
 class Subclass(torch.Tensor):
     pass
@@ -111,7 +113,7 @@ def assert_refused(lists, exception, message, **kwargs):
             with pytest.raises(exception, match=message):
                 call(lists, **kwargs)
     for tensor, old, version in zip(ordinary, before, versions, strict=True):
-        if tensor.dtype.is_floating_point and tensor.element_size() > 1:
+        if tensor.dtype.is_floating_point:
             assert torch.equal(bits(tensor), bits(old))
         assert tensor._version == version
 
@@ -137,6 +139,8 @@ def test_refused_calls_leave_no_objects_or_references_behind():
         refused.append((tensors, {}))
     refused += [([[good()] for _ in range(3)], {name: value}) for name, value, _ in BAD_VALUES]
     refused += [([[good()] for _ in range(3)], {name: "1"}) for name in ("lr", "seed", "streams")]
+    refused += [([[good()] for _ in range(3)], values) for values, *_ in BAD_ROUNDING]
+    refused += [([[good()] for _ in range(3)], {"streams": [None]})]
 
     def counts(rounds):
         for tensors, values in refused * rounds:
@@ -166,6 +170,67 @@ def test_mismatch_with_the_parameter_is_refused(which, other, exception, word):
     tensors = [[good(), good()] for _ in range(3)]
     tensors[which][1] = other()
     assert_refused(tensors, exception, re.escape(NAMES[which]) + rf"\[1\].*{word}")
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, BYTE])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_momentum_of_another_dtype_than_was_said_is_refused(dtype, momentum_dtype):
+    name = str(momentum_dtype).removeprefix("torch.")
+    others = [torch.float32, torch.bfloat16, torch.float16, BYTE, torch.float8_e4m3fn, torch.uint8]
+    for other in others:
+        if other is momentum_dtype:
+            continue
+        tensors = [[good(dtype=dtype) for _ in "12"] for _ in range(3)]
+        tensors[2] = [good().to(momentum_dtype), good().to(other)]
+        word = name if other in (*others[:3], momentum_dtype) else str(other)
+        word = word if dtype is not momentum_dtype else "differs from the parameter in dtype"
+        assert_refused(
+            tensors,
+            TypeError,
+            rf"momentum_buffers\[1\].*({word}|{other})",
+            momentum_dtype=momentum_dtype,
+            seed=0,
+        )
+
+
+def test_float64_parameters_take_no_other_momentum():
+    for momentum_dtype in (torch.float32, BYTE):
+        tensors = [[good(dtype=torch.float64)] for _ in range(2)] + [[good().to(momentum_dtype)]]
+        message = r"momentum_buffers\[0\]"
+        assert_refused(tensors, TypeError, message, momentum_dtype=momentum_dtype, seed=0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_parameter_and_a_gradient_of_one_byte_are_refused(which):
+    tensors = [[good()], [good()], [good().to(BYTE)]]
+    tensors[which] = [good().to(BYTE)]
+    message = rf"{NAMES[which]}\[0\] has dtype torch.float8_e5m2, but float32, float64, bfloat16"
+    assert_refused(tensors, TypeError, message, momentum_dtype=BYTE, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change, exception, word",
+    [
+        (lambda m: m[:5], ValueError, "shape"),
+        (lambda m: m.t().contiguous().t(), ValueError, "strides"),
+        (lambda m: m[:1].expand(6, 7), ValueError, "not dense"),
+        (lambda m: torch.zeros(6, 14).to(BYTE)[:, ::2], ValueError, "not dense"),
+        (lambda m: m.to("meta"), (RuntimeError, ValueError), ""),
+    ],
+)
+def test_a_buffer_of_bytes_must_match_its_parameter(change, exception, word):
+    tensors = [[good(42).view(6, 7) for _ in "12"] for _ in range(3)]
+    tensors[2] = [buffer.to(BYTE) for buffer in tensors[2]]
+    tensors[2][1] = change(tensors[2][1])
+    message = rf"momentum_buffers\[1\].*{word}"
+    assert_refused(tensors, exception, message, momentum_dtype=BYTE, seed=0)
+
+
+def test_a_buffer_of_bytes_beyond_its_storage_is_refused():
+    tensors = [[good(42)], [good(42)], [good(42).to(BYTE)]]
+    call(tensors, momentum_dtype=BYTE, seed=0)  # remembered from now on
+    tensors[2][0].untyped_storage().resize_(41)
+    assert_refused(tensors, RuntimeError, "storage", momentum_dtype=BYTE, seed=0)
 
 
 @pytest.mark.parametrize("side", [2, 3])  # 2 is the least for which strides mean anything
@@ -210,6 +275,23 @@ def test_overlap_with_written_memory_is_refused(lists):
     assert_refused(lists, ValueError, "share memory")
 
 
+def test_bytes_may_lie_side_by_side_but_not_one_upon_another():
+    """Behind the first parameter, and at any address."""
+    memory = torch.zeros(64, dtype=torch.uint8)
+    for first, second, allowed in (
+        (16, 20, True),
+        (17, 21, True),
+        (15, 20, False),
+        (17, 20, False),
+    ):
+        buffers = [memory[start : start + 4].view(BYTE) for start in (first, second)]
+        tensors = [[memory[:16].view(torch.float32), good()], [good(), good()], buffers]
+        if allowed:
+            call(tensors, momentum_dtype=BYTE, seed=0)
+        else:
+            assert_refused(tensors, ValueError, "share memory", momentum_dtype=BYTE, seed=0)
+
+
 def test_gradients_may_share_memory():
     grad = good()
     params = [torch.zeros(4), torch.zeros(4)]
@@ -232,6 +314,48 @@ BAD_VALUES = [
     ("pivot", 0.0, "Invalid pivot value: 0.0"),
     ("pivot", math.inf, "Invalid pivot value: inf"),
 ]
+
+
+BAD_ROUNDING = [
+    *(
+        ({"momentum_dtype": value, "seed": 0}, ValueError, f"Invalid momentum_dtype: {value}")
+        for value in (torch.float16, torch.float64, torch.float8_e4m3fn, torch.uint8, "float16", "")
+    ),
+    *(
+        (
+            {"momentum_dtype": value, "seed": 0},
+            TypeError,
+            "lpsgdm_(): argument 'momentum_dtype' must be torch.dtype",
+        )
+        for value in (1, True, torch.Tensor, torch.ones(1), b"float32")
+    ),
+    *(
+        ({"momentum_exponent": value}, ValueError, f"Invalid momentum_exponent: {value}")
+        for value in (127, -127, 2**31, -(2**31), 2**40, 2**64 + 15, -(10**30))
+    ),
+    *(
+        ({"momentum_exponent": value}, TypeError, "argument 'momentum_exponent' must be int")
+        for value in (15.0, True, None, "15", torch.tensor(15))
+    ),
+    *(
+        ({"stochastic_rounding": value, "seed": 0}, TypeError, "'stochastic_rounding' must be bool")
+        for value in (1, 0.0, "True", torch.tensor(True))
+    ),
+    ({"stochastic_rounding": True}, TypeError, "argument 'seed' must be int where something is"),
+    ({"momentum_dtype": BYTE}, TypeError, "argument 'seed' must be int where something is"),
+    ({"seed": 1.0}, TypeError, "argument 'seed' must be int"),
+    ({"seed": 1, "step": 1.0}, TypeError, "argument 'step' must be int"),
+    ({"streams": [1, 2]}, TypeError, "'streams' must be list or tuple of one int for each"),
+    ({"offsets": [1.0]}, TypeError, "'offsets' must have an int for each parameter"),
+]
+
+
+@pytest.mark.parametrize("values, exception, message", BAD_ROUNDING, ids=str)
+def test_values_of_rounding_that_no_step_can_use_are_refused(values, exception, message):
+    tensors = [[good(dtype=torch.bfloat16)] for _ in range(3)]
+    if values.get("momentum_dtype") is BYTE:
+        tensors[2] = [good().to(BYTE)]
+    assert_refused(tensors, exception, re.escape(message), **values)
 
 
 @pytest.mark.parametrize("name, value, message", BAD_VALUES)
