@@ -155,6 +155,22 @@ def test_full_state_dict_is_that_of_one_process(kind):
     on_ranks(2, exchange_full_state_dicts, kind)
 
 
+def gather_bytes():
+    model, optimizer, schedule = make("one byte", shard)
+    train(model, optimizer, schedule, range(2))
+    with pytest.raises(RuntimeError, match="Invalid scalar type"):
+        get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    buffer = optimizer.state[model[0].weight]["momentum_buffer"]
+    with pytest.raises(RuntimeError, match="Invalid scalar type"):
+        buffer.full_tensor()
+    train(model, optimizer, schedule, range(2, 4))
+    assert_as_one_process("one byte", model, optimizer, 4)
+
+
+def test_gloo_sends_no_bytes_and_training_goes_on():
+    on_ranks(2, gather_bytes)
+
+
 def go_on_from_sgd():
     for shard_as in (shard, parallelize):
         model, optimizer, schedule = make("LPSGDM", shard_as, fused=True)

@@ -12,19 +12,21 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import CLASSES, assert_same_bits, bits
-from lpsgd import LPSGDM, CosineAnnealingP
+from lpsgd import LPSGD, LPSGDM, CosineAnnealingP
 from ranks import on_ranks
 
 with warnings.catch_warnings():  # PyTorch's own: this import uses torch.jit.script
     warnings.simplefilter("ignore", DeprecationWarning)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
+BYTES = {"momentum_dtype": torch.float8_e5m2, "momentum_exponent": 12, "seed": 5}
 OPTIMIZERS = [
     (cls, {"lr": 0.1, "p": p, "fused": True}) for cls in CLASSES for p in (2, 4, math.inf)
 ]
@@ -57,12 +59,12 @@ def train(model, optimizer, twin, twin_optimizer, steps=range(3)):
 
 
 def train_ddp():
-    for cls in CLASSES:
+    for cls, values in ((LPSGD, {}), (LPSGDM, {}), (LPSGDM, BYTES)):
         for as_view in (False, True):
             twin = make_model()
             model = DistributedDataParallel(make_model(), gradient_as_bucket_view=as_view)
             optimizer, twin_optimizer = (
-                cls(m.parameters(), lr=0.1, p=6.0, fused=True) for m in (model, twin)
+                cls(m.parameters(), lr=0.1, p=6.0, fused=True, **values) for m in (model, twin)
             )
             train(model, optimizer, twin, twin_optimizer)
 
@@ -111,6 +113,53 @@ def train_zero():
         assert [group["p"] for group in resumed.param_groups] == [2.0, 2.0]
 
 
+def buffers(optimizer):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [optimizer.state[param] for param in params if param in optimizer.state]
+    return [state["momentum_buffer"] for state in states]
+
+
+def same_bytes(optimizer, others):
+    """Whether the buffers are of one byte and have the bits of the others' together."""
+    made, expected = buffers(optimizer), [b for other in others for b in buffers(other)]
+    assert {buffer.dtype for buffer in made} == {torch.float8_e5m2}
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(made, expected, strict=True))
+
+
+def train_zero_in_bytes(file):
+    """The twin is stepped by one optimizer for each rank, which numbers parameters as that does."""
+    model, twin = make_model(), make_model()
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), LPSGDM, lr=0.1, fused=True, **BYTES)
+    numbers = {param: i for i, param in enumerate(model.parameters())}
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, [numbers[p] for p in optimizer.optim.param_groups[0]["params"]])
+    params = list(twin.parameters())
+    twin_optimizers = [LPSGDM([params[i] for i in part], lr=0.1, **BYTES) for part in parts]
+    engine = DistributedDataParallel(model)
+    for step in range(6):
+        if step == 3:  # all goes on from what rank 0 has collected
+            optimizer.consolidate_state_dict(to=0)
+            if dist.get_rank() == 0:  # by a file, for pickle restores no float8
+                torch.save(optimizer.state_dict(), file)
+            dist.barrier()
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), LPSGDM, lr=1.0)
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+        engine(batch(step)).square().mean().backward()
+        for param, twin_param in zip(model.parameters(), params, strict=True):
+            twin_param.grad = param.grad.clone()
+        optimizer.step()
+        for one in twin_optimizers:
+            one.step()
+        optimizer.zero_grad()
+        assert_same_bits(model, twin)
+        assert same_bytes(optimizer.optim, [twin_optimizers[dist.get_rank()]])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_zero_keeps_bytes(ranks, tmp_path):
+    on_ranks(ranks, train_zero_in_bytes, tmp_path / "state")
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_zero_gives_the_bits_and_the_state_dict_of_one_process(ranks):
     on_ranks(ranks, train_zero)
@@ -146,15 +195,52 @@ def test_fsdp1_gives_the_bits_of_one_process():
     on_ranks(2, train_fsdp1)
 
 
+def train_fsdp1_in_bytes():
+    """Every rank counts from its own first element on: the twins are the rank's own tensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for use_orig_params in (True, False):
+        model = FullyShardedDataParallel(
+            make_model(),
+            device_mesh=mesh,
+            device_id=torch.device("cpu"),
+            use_orig_params=use_orig_params,
+        )
+        values = {"lr": 0.1, "p": 2.0, **BYTES}
+        optimizer = LPSGDM(model.parameters(), fused=True, **values)
+        twins = [torch.nn.Parameter(param.detach().clone()) for param in model.parameters()]
+        twin_optimizer = LPSGDM(twins, **values)
+        for step in range(3):
+            model(batch(step)).square().mean().backward()
+            for param, twin in zip(model.parameters(), twins, strict=True):
+                twin.grad = None if param.grad is None else param.grad.clone()
+            optimizer.step()
+            twin_optimizer.step()
+            optimizer.zero_grad()
+            for param, twin in zip(model.parameters(), twins, strict=True):
+                assert torch.equal(bits(param), bits(twin))
+            assert same_bytes(optimizer, [twin_optimizer])
+        warnings.simplefilter("ignore")  # PyTorch's, of what it calls itself
+        for full in (True, False):
+            with pytest.raises(RuntimeError, match="Invalid scalar type"):  # gloo's
+                get_optimizer_state_dict(
+                    model, optimizer, options=StateDictOptions(full_state_dict=full)
+                )
+
+
+def test_fsdp1_keeps_bytes_that_gloo_does_not_send():
+    on_ranks(2, train_fsdp1_in_bytes)
+
+
 def train_pipeline():
     rank = dist.get_rank()
-    for cls, values in OPTIMIZERS:
+    for cls, values in [*OPTIMIZERS, (LPSGDM, {"lr": 0.1, **BYTES})]:
         model, twin = make_model(), make_model()
         part = (model[:2], model[2:])[rank]
         stage = PipelineStage(part, rank, 2, torch.device("cpu"))
         schedule = ScheduleGPipe(stage, 2, loss_fn=lambda y, target: (y - target).square().mean())
         optimizer = cls(part.parameters(), **values)
-        twin_optimizer = cls(twin.parameters(), **values)
+        # Random bits go by the numbers that each rank gives its parameters.
+        twin_optimizers = [cls(half.parameters(), **values) for half in (twin[:2], twin[2:])]
         for step in range(3):
             # The same batch in both ranks, whose two halves' gradients have an exact average.
             x, target = torch.randn((2, 4, 7), generator=torch.Generator().manual_seed(step))
@@ -167,10 +253,9 @@ def train_pipeline():
                 (twin(half) - half_target).square().mean().backward()
             for param in twin.parameters():
                 param.grad /= 2
-            optimizer.step()
-            twin_optimizer.step()
-            optimizer.zero_grad()
-            twin_optimizer.zero_grad()
+            for one in (optimizer, *twin_optimizers):
+                one.step()
+                one.zero_grad()
             assert_same_bits(part, (twin[:2], twin[2:])[rank])
 
 

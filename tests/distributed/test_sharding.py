@@ -145,12 +145,14 @@ def backward(model, twin, x, scale=lambda loss: loss):
 
 def train(shard, what, batch_seed):
     stochastic = {"p": 4.0, "stochastic_rounding": True}
+    in_bytes = {"momentum_dtype": torch.float8_e5m2, "seed": 3}
     for cls, variant in (
         (LPSGD, {"p": 4.0}),
         (LPSGDM, {"p": 2.0}),
         (LPSGDM, {"p": math.inf}),
         (LPSGDM, stochastic),
-        *((LPSGDM, {"p": 4.0, "momentum_dtype": dtype}) for dtype in MOMENTUM_DTYPES if dtype),
+        (LPSGDM, {"p": 4.0, **in_bytes}),
+        (LPSGDM, {**stochastic, **in_bytes}),
     ):
         dtype = torch.bfloat16 if "stochastic_rounding" in variant else torch.float32
         model, twin = make_twins(shard, dtype)
