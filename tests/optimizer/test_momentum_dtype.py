@@ -6,12 +6,14 @@ import io
 import math
 import pickle
 import struct
+from functools import partial
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 import lpsgd
+import lpsgd_ext
 from helpers import bits, parameters, same_bits, set_grads, steps
 from lpsgd import _eager
 
@@ -250,14 +252,16 @@ def test_other_parameters_keep_momentum_of_their_own_dtype(momentum_dtype, dtype
     assert torch.equal(*(params[0] for params in stepped))
 
 
-@how
-def test_pieces_draw_the_bits_of_the_whole(how):
+@pytest.mark.parametrize(
+    "step", [_eager.for_loop, partial(lpsgd_ext.lpsgdm_, momentum_dtype=BYTE)], ids=["eager", "C"]
+)
+def test_pieces_draw_the_bits_of_the_whole(step):
     whole, grad = torch.randn(1000), torch.randn(1000)
     common = {"lr": 0.1, "p": 2.0, "momentum_exponent": 9, "seed": 7, "step": 5}
     held, held_in_pieces = (torch.zeros(1000, dtype=BYTE) for _ in "12")
     pieces = torch.split(whole.clone(), [1, 599, 400])
-    _eager.for_loop([whole], [grad], [held], streams=[9], **common)
-    _eager.for_loop(
+    step([whole], [grad], [held], streams=[9], **common)
+    step(
         list(pieces),
         list(torch.split(grad, [1, 599, 400])),
         list(torch.split(held_in_pieces, [1, 599, 400])),
@@ -634,11 +638,12 @@ def test_report_sees_saturation():
 # Training
 
 
-def test_small_gradients_and_large_momentum_are_not_lost():
+@how
+def test_small_gradients_and_large_momentum_are_not_lost(how):
     """What rounding to nearest would freeze: from momentum=0.95 on, momentum * m rounds to m."""
     n = 1 << 14
     param = Parameter(torch.zeros(n))
-    optimizer = lpsgd.LPSGDM([param], momentum=0.98, momentum_dtype=BYTE)
+    optimizer = lpsgd.LPSGDM([param], momentum=0.98, momentum_dtype=BYTE, **how)
     for _ in range(100):
         param.grad = torch.full((n,), 1e-3)
         optimizer.step()
