@@ -101,26 +101,50 @@ def kinds_and_options(folder):
             yield kind, options, f"{folder}/{kind}, {flat}"
 
 
+def save_to(path, model, optimizer, options):
+    weights, state = get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+
+
+def load_from(path, model, optimizer, options):
+    weights, state = get_state_dict(model, optimizer, options=options)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
+    set_state_dict(
+        model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options
+    )
+
+
 def save(folder):
     for kind, options, path in kinds_and_options(folder):
         model, optimizer, schedule = make(kind, shard)
         train(model, optimizer, schedule, range(3))
-        weights, state = get_state_dict(model, optimizer, options=options)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+        save_to(path, model, optimizer, options)
 
 
 def load(folder):
     for kind, options, path in kinds_and_options(folder):
         for shard_as in (shard, parallelize, alone):
             model, optimizer, schedule = make(kind, shard_as, seed=1, lr=1.0, p=7.0)
-            weights, state = get_state_dict(model, optimizer, options=options)
-            dcp.load({"model": weights, "optimizer": state}, checkpoint_id=path)
-            set_state_dict(
-                model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options
-            )
+            load_from(path, model, optimizer, options)
             assert_as_one_process(kind, model, optimizer, 3)
             train(model, optimizer, schedule, range(3, 6))
             assert_as_one_process(kind, model, optimizer, 6)
+
+
+def carry_on(folder, done):
+    """Trains for two steps, from a checkpoint to the next."""
+    options, done = StateDictOptions(), int(done)
+    model, optimizer, schedule = make("one byte", shard, lr=0.1 if done == 0 else 1.0)
+    if done:
+        load_from(f"{folder}/{done}", model, optimizer, options)
+    train(model, optimizer, schedule, range(done, done + 2))
+    assert_as_one_process("one byte", model, optimizer, done + 2)
+    save_to(f"{folder}/{done + 2}", model, optimizer, options)
+
+
+def test_bytes_go_on_from_2_ranks_to_4_and_to_1(tmp_path):
+    for done, ranks in ((0, 2), (2, 4), (4, 1)):
+        on_ranks(ranks, carry_on, tmp_path, done)
 
 
 def test_checkpoint_of_4_ranks_goes_on_in_2_with_the_same_bits(tmp_path):
