@@ -230,8 +230,7 @@ static int gather_group(gathering *g, PyObject *group, int observed, Py_ssize_t 
     }
     Py_DECREF(params);
     section->end = g->found;
-    const int at_random =
-        hyper->stochastic_rounding || hyper->momentum_dtype == LPSGD_FLOAT8_E5M2;
+    const int at_random = hyper->stochastic_rounding || hyper->momentum_dtype == LPSGD_FLOAT8_E5M2;
     if (answer == 1 && at_random && g->found > first)
         answer = read_rounding(g->names, group, hyper, &g->to->counts[i]);
     return answer;
