@@ -67,6 +67,44 @@ def test_a_step_is_the_cpus_on_every_device(cls, fused):
     assert cuda_double.count("cuLaunchKernel") == 6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_momentum_in_one_byte_is_the_cpus_on_every_device(dtype, stochastic):
+    models = [], []
+    for i, (value, grad) in enumerate(zip(values(5, 0), values(5, 1), strict=True)):
+        for params, device in zip(models, (i % 3, None), strict=True):
+            tensors = [value.to(dtype), grad.to(dtype)]
+            param, grad_there = tensors if device is None else [cuda(t, device) for t in tensors]
+            params.append(Parameter(param))
+            params[i].grad = grad_there
+    optimizer, other = (
+        LPSGDM(
+            params, 0.1, momentum_dtype=torch.float8_e5m2, stochastic_rounding=stochastic, seed=3
+        )
+        for params in models
+    )
+    for _ in range(3):
+        optimizer.step()
+        other.step()
+    assert_same_training(optimizer, other)
+    assert optimizer.param_groups[0]["rounding_step"] == 3
+    assert cuda_double.count("cuLaunchKernel") == 9
+
+
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.float8_e5m2])
+def test_a_step_that_the_driver_refuses_is_not_counted(module, momentum_dtype):
+    there, _ = models()
+    optimizer = LPSGDM(there, momentum_dtype=momentum_dtype, stochastic_rounding=True)
+    for _ in range(2):
+        optimizer.step()
+    cuda_double.fail("cuLaunchKernel")
+    with pytest.raises(module.CudaError, match="cuLaunchKernel"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["rounding_step"] == 2
+    optimizer.step()
+    assert optimizer.param_groups[0]["rounding_step"] == 3
+
+
 # Numbers on the GPU, which a step must not wait for: the host cannot touch them here.
 
 

@@ -86,12 +86,17 @@ def test_tensors_on_several_devices_have_the_cpus_bits(module, dtype, momentum):
         assert all((new > was) == bumped for new, was in zip(column, old, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_float32_momentum_and_stochastic_rounding_have_the_cpus_bits(module, dtype):
+@pytest.mark.parametrize("momentum_dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stochastic", [None, False])
+def test_momentum_of_every_dtype_and_its_rounding_have_the_cpus_bits(
+    module, dtype, momentum_dtype, stochastic
+):
     start = some_lists(dtype=dtype)
-    start[2] = [tensor.float() for tensor in start[2]]
+    start[2] = [tensor.to(momentum_dtype) for tensor in start[2]]
     lists = to_devices(start)
-    arguments = {"momentum_dtype": torch.float32, "seed": 3, "step": 7, "streams": [4, 0, 2]}
+    arguments = {"momentum_dtype": momentum_dtype, "momentum_exponent": 11}
+    arguments |= {"stochastic_rounding": stochastic, "seed": 3, "step": 7, "streams": [4, 0, 2]}
     arguments["offsets"] = [0, 2**40, 1]
     step(module, lists, **arguments)
     assert_same(lists, stepped(start, **arguments))
