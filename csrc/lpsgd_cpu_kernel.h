@@ -328,9 +328,10 @@ LPSGD_VECTOR place place_of(const lpsgd_buffer *buffer, int64_t i, const form f)
 }
 
 /* A batch that has an element out of the ordinary, or n elements, fewer than a batch: by way of a whole
- * one elsewhere, in which they come after `skip` others. */
-LPSGD_VECTOR void step_with_care(place at, int skip, int n, const form f, noise *bits,
-                                 const vscalars *s, const lpsgd_scalars *k)
+ * one elsewhere, in which they come after `skip` others. One function for all forms, which compiles sooner. */
+LPSGD_TARGET __attribute__((noinline)) static void
+step_with_care(place at, int skip, int n, form f, noise *bits, const vscalars *s,
+               const lpsgd_scalars *k)
 {
     char param[4 * batch] = {0}, grad[4 * batch] = {0}, momentum_buffer[4 * batch] = {0};
     const size_t bytes = (size_t)(n * size_of(f.dtype)), from = (size_t)(skip * size_of(f.dtype));
