@@ -665,11 +665,12 @@ def test_the_noise_of_rounding_is_as_documented(kind, momentum, noise):
     constant, m rests at two numbers of the buffer, whatever momentum is; where they are nothing but
     noise, each rounding adds .09 of m and momentum keeps what is left of the former ones."""
     n = 1 << 10
-    sizes = torch.logspace(-3, -2, n)
+    sizes, generator = torch.logspace(-3, -2, n), torch.Generator().manual_seed(0)
     param, exact = Parameter(torch.zeros(n)), torch.zeros(n)
     optimizer = lpsgd.LPSGDM([param], lr=0.0, momentum=momentum, momentum_dtype=BYTE)
     for _ in range(4 * round(1 / (1 - momentum)) + 20):
-        param.grad = sizes if kind == "constant" else sizes * torch.randn(n)
+        noise_now = torch.randn(n, generator=generator)
+        param.grad = sizes if kind == "constant" else sizes * noise_now
         optimizer.step()
         exact = momentum * exact + (1 - momentum) * param.grad
     error = (_eager.decoded(buffers(optimizer)[0], 15) - exact) / sizes
