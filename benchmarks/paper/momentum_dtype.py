@@ -185,15 +185,24 @@ def table(outcome: Outcome) -> str:
 def draw_differences(axes: Axes, outcome: Outcome, places: dict[tuple[str, float], int]) -> None:
     """A study's differences with their intervals, one above the other at the settings' places."""
     axes.axvline(0.0, color="0.4", linewidth=1)
-    for offset, (name, (label, color)) in zip((0.17, -0.17), BYTES.items(), strict=True):
-        for setting in outcome.settings:
+    first_column = axes.get_subplotspec().is_first_col()  # type: ignore[union-attr]
+    for side, (name, (label, color)) in zip((1, -1), BYTES.items(), strict=True):
+        for i, setting in enumerate(outcome.settings):
             found = setting.against_reference(name)
-            y = places[setting.p, setting.momentum] + offset
+            y = places[setting.p, setting.momentum] + 0.17 * side
             axes.errorbar(found.mean, y, xerr=found.margin, fmt="o", color=color, markersize=4)
-        if axes.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-            x = found.mean + found.margin
-            axes.annotate(f" {label}", (x, y), color=color, va="center", fontweight="bold")
-    axes.set(title=f"{outcome.data}\n{outcome.title}", xlabel=f"{outcome.label}, minus float32's")
+            if first_column and i == 0:
+                axes.annotate(
+                    label,
+                    (0.98, y + 0.1 * side),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="center",
+                    color=color,
+                    fontweight="bold",
+                )
+    axes.set_title(f"{outcome.data.replace(', ', chr(10))}\n{outcome.title}", fontsize=10)
+    axes.set(xlabel=f"{outcome.label}, minus float32's")
     axes.grid(axis="x", alpha=0.3)
 
 
