@@ -100,13 +100,25 @@ class Outcome:
     def digits(self) -> int:
         return 2 if self.measure == "accuracy" else 3
 
-    def overall(self) -> Setting:
-        """The mean over all settings, of each seed."""
-        values = {
-            name: [fmean(row) for row in zip(*(s.values[name] for s in self.settings), strict=True)]
-            for name in (REFERENCE, *BYTES)
-        }
-        return Setting("all", math.nan, values)
+    @property
+    def common(self) -> list[Setting]:
+        """Those without a fixed p of 2, with which some seeds hardly train and others do."""
+        return [setting for setting in self.settings if setting.p != "2"]
+
+    def means(self) -> list[Setting]:
+        """For each momentum, and over all, the mean of each seed over the common settings."""
+        common = self.common
+        momenta = sorted({setting.momentum for setting in common})
+        means = []
+        for chosen in (*([one] for one in momenta), momenta):
+            rows = [setting.values for setting in common if setting.momentum in chosen]
+            values = {
+                name: [fmean(seed) for seed in zip(*(row[name] for row in rows), strict=True)]
+                for name in (REFERENCE, *BYTES)
+            }
+            momentum = chosen[0] if len(chosen) == 1 else math.nan
+            means.append(Setting("all > 2", momentum, values))
+        return means
 
 
 def carry_out(study: Study, output: Path, results: Path, machine: Machine, jobs: int) -> None:
@@ -160,7 +172,7 @@ def read(file: Path) -> Outcome:
 
 
 def table(outcome: Outcome) -> str:
-    """A study's settings in Markdown, and the mean of them all."""
+    """A study's settings in Markdown, and the means over them."""
     digits = outcome.digits
     seeds = len(outcome.settings[0].values[REFERENCE])
     head = [f"float32: {outcome.label}", *(f"{label} minus that" for label, _ in BYTES.values())]
@@ -170,7 +182,7 @@ def table(outcome: Outcome) -> str:
         f"| p | momentum | {' | '.join(head)} |",
         "|---|---|---|---|---|",
     ]
-    for setting in (*outcome.settings, outcome.overall()):
+    for setting in (*outcome.settings, *outcome.means()):
         own = setting.values[REFERENCE]
         cells = [
             setting.p,
@@ -187,11 +199,11 @@ def draw_differences(axes: Axes, outcome: Outcome, places: dict[tuple[str, float
     axes.axvline(0.0, color="0.4", linewidth=1)
     first_column = axes.get_subplotspec().is_first_col()  # type: ignore[union-attr]
     for side, (name, (label, color)) in zip((1, -1), BYTES.items(), strict=True):
-        for i, setting in enumerate(outcome.settings):
+        for setting in outcome.settings:
             found = setting.against_reference(name)
             y = places[setting.p, setting.momentum] + 0.17 * side
             axes.errorbar(found.mean, y, xerr=found.margin, fmt="o", color=color, markersize=4)
-            if first_column and i == 0:
+            if first_column and setting is outcome.common[0]:
                 axes.annotate(
                     label,
                     (0.98, y + 0.1 * side),
@@ -219,6 +231,11 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
         if outcome.measure in first:
             axes.sharex(first[outcome.measure])
         first.setdefault(outcome.measure, axes)
+    for measure, axes in first.items():  # intervals of p = 2 may be so long that they are cut
+        shown = [s for one in outcomes if one.measure == measure for s in one.common]
+        found = [setting.against_reference(name) for setting in shown for name in BYTES]
+        limit = 1.1 * max(abs(one.mean) + one.margin for one in found)
+        axes.set_xlim(-limit, limit)
     labels = [f"p {'' if '→' in p else '= '}{p}, β = {momentum:g}" for p, momentum in order]
     columns[0].set_yticks(list(places.values()), labels)
     figure.suptitle(

@@ -526,7 +526,9 @@ def test_momentum_dtypes_are_compared_seed_by_seed(tmp_path):
         assert setting.values["float32"][1] == pytest.approx(last["held_out_loss"][0], rel=1e-3)
         assert len({tuple(values) for values in setting.values.values()}) == 3
     lines = momentum_dtype.table(outcome).splitlines()
-    assert lines[-3].startswith("| ∞ | 0.8 | ") and lines[-1].startswith("| all | all | ")
+    assert lines[-4].startswith("| ∞ | 0.9 | ") and lines[-1].startswith("| all > 2 | all | ")
+    first, second, both = (mean.values["float32"] for mean in outcome.means())
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
     momentum_dtype.report(tmp_path / "results")
     picture = tmp_path / "results" / "momentum-dtype.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
