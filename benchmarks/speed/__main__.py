@@ -193,7 +193,8 @@ def measure_all(args: argparse.Namespace) -> report.Results:
             results.training.extend(training.train(task, optimizers, n, 1 if args.quick else 10))
     if "memory" in parts:
         results.memory.extend(footprint.memory("1M" if args.quick else "ResNet-50"))
-        results.states.extend(footprint.states(*((256, False) if args.quick else (2048, True))))
+        width = 256 if args.quick else 2048
+        results.states.extend(footprint.states(width, others=not args.quick))
     if "package" in parts:
         results.package.update(footprint.package(2 if args.quick else 5))
     return results
