@@ -106,11 +106,13 @@ class Outcome:
         return [setting for setting in self.settings if setting.p != "2"]
 
     def means(self) -> list[Setting]:
-        """For each momentum, and over all, the mean of each seed over the common settings."""
-        common = self.common
+        """For each momentum, and over all, the mean of each seed over the common settings, where
+        these are several."""
+        common = self.common if len(self.common) > 1 else []
         momenta = sorted({setting.momentum for setting in common})
         means = []
-        for chosen in (*([one] for one in momenta), momenta):
+        groups = [[one] for one in momenta]
+        for chosen in [*groups, momenta] if len(groups) > 1 else groups:
             rows = [setting.values for setting in common if setting.momentum in chosen]
             values = {
                 name: [fmean(seed) for seed in zip(*(row[name] for row in rows), strict=True)]
