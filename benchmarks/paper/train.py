@@ -24,9 +24,12 @@ from benchmarks.paper.tasks import make_task
 from benchmarks.paper.training import Machine, Trainer
 
 
-def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that train and sweep have in common."""
-    parser.add_argument("config", type=find, help="a study's file, or its name in configs/")
+def add_machine_arguments(parser: argparse.ArgumentParser, configs: str | None = None) -> None:
+    """The arguments that the programs which train have in common. `configs` is how many studies
+    there may be (argparse's nargs)."""
+    parser.add_argument(
+        "config", type=find, nargs=configs, help="a study's file, or its name in configs/"
+    )
     parser.add_argument("--data", type=Path, help="directory in ImageFolder layout: train, test")
     parser.add_argument("--output", type=Path, default=Path("build/paper"), help="for all files")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")

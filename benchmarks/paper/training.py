@@ -84,7 +84,10 @@ def momentum_of(optimizer: torch.optim.Optimizer) -> Tensor | None:
     name = names.get(type(optimizer).__name__)
     if name is None or not optimizer.state:
         return None
-    return torch.cat([state[name].flatten() for state in optimizer.state.values()]).float().abs()
+    buffers = [state[name].flatten() for state in optimizer.state.values()]
+    one_byte = buffers[0].dtype == torch.float8_e5m2
+    unit = 2.0 ** -optimizer.param_groups[0]["momentum_exponent"] if one_byte else 1.0
+    return torch.cat([buffer.float() for buffer in buffers]).abs() * unit
 
 
 class Trainer:

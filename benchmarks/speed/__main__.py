@@ -176,7 +176,7 @@ def measure_all(args: argparse.Namespace) -> report.Results:
                 and (not args.quick or setting.elements < 10**5)
             ):
                 plan.setdefault(setting, {}).update(dict.fromkeys(names))
-    results = report.Results(machine(), [], [], [], {})
+    results = report.Results(machine(), [], [], [], {}, [])
     progress = tqdm(plan.items(), unit="setting", leave=False)
     for setting, names in progress:
         progress.set_description(" ".join(report.describe(setting)))
@@ -192,10 +192,9 @@ def measure_all(args: argparse.Namespace) -> report.Results:
         ):
             results.training.extend(training.train(task, optimizers, n, 1 if args.quick else 10))
     if "memory" in parts:
-        two = ("LPSGDM p=4", "SGD foreach")
-        results.memory.extend(
-            footprint.memory("1M", two) if args.quick else footprint.memory("ResNet-50")
-        )
+        results.memory.extend(footprint.memory("1M" if args.quick else "ResNet-50"))
+        width = 256 if args.quick else 2048
+        results.states.extend(footprint.states(width, others=not args.quick))
     if "package" in parts:
         results.package.update(footprint.package(2 if args.quick else 5))
     return results

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What a step needs besides time: memory; and what the package costs before the first step."""
 
+import gc
+import importlib
 import io
+import json
 import math
 import os
 import re
@@ -9,12 +12,16 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import SGD, AdamW, Optimizer
 
 import lpsgd
 import lpsgd_ext
@@ -41,6 +48,18 @@ class Memory:
     temporaries: int
 
 
+@dataclass(frozen=True)
+class State:
+    """Bytes a parameter: those of the state's tensors, and those by which memory has risen at its
+    peak in training. Where the optimizer does not run here, its own words instead."""
+
+    dtype: str
+    optimizer: str
+    state: float
+    peak: float
+    error: str = ""
+
+
 def _status(name: str) -> int:
     """A number of bytes from the kernel's account of this process."""
     text = Path("/proc/self/status").read_text()
@@ -49,36 +68,145 @@ def _status(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def temporaries(list_: str, optimizer: str) -> int:
-    """How far memory rises in the third step. To be called in a fresh process."""
+def temporaries(list_: str) -> list[int]:
+    """How far memory rises in the third step of each optimizer. To be called in a fresh process."""
     torch.set_num_threads(1)
-    params = [Parameter(torch.ones(shape)) for shape in shapes_of(list_)]
-    for param in params:
-        param.grad = torch.ones_like(param)
-    step = CONTENDERS[optimizer](params).step
-    for _ in range(2):
-        step()
+    found = []
+    for name in MEMORY_OF:
+        params = [Parameter(torch.ones(shape)) for shape in shapes_of(list_)]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        step = CONTENDERS[name](params).step
+        for _ in range(2):
+            step()
+        found.append(_rise(step)[0])
+    return found
+
+
+def _rise(function: Callable[[], Any]) -> tuple[int, Any]:
+    """By how many bytes memory is larger than before at the peak of a call; and its value."""
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
+    value = function()
+    return _status("VmHWM") - before, value
 
 
-def memory(list_: str, optimizers: Sequence[str] = MEMORY_OF) -> list[Memory]:
-    """Of these optimizers, each in a process of its own that returns freed memory at once."""
+def _in_fresh_process(expression: str) -> Any:
+    """The value of an expression in a process that returns freed memory at once."""
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    found = []
-    for name in optimizers:
-        code = f"from {__name__} import temporaries as t; print(t({list_!r}, {name!r}))"
-        output = subprocess.check_output([sys.executable, "-c", code], env=environment)
-        size = sum(map(math.prod, shapes_of(list_))) * torch.float32.itemsize
-        found.append(Memory(list_, name, size, int(output)))
-    return found
+    code = f"import json; from {__name__} import *; print(json.dumps({expression}))"
+    output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    return json.loads(output.splitlines()[-1])
+
+
+def memory(list_: str) -> list[Memory]:
+    """Of all optimizers."""
+    size = sum(map(math.prod, shapes_of(list_))) * torch.float32.itemsize
+    found = _in_fresh_process(f"temporaries({list_!r})")
+    return [Memory(list_, name, size, rise) for name, rise in zip(MEMORY_OF, found, strict=True)]
+
+
+def _other(name: str, **values: Any) -> Any:
+    """A class of another package's, which is imported when it makes an optimizer."""
+    module, _, name = name.rpartition(".")
+    return lambda params: getattr(importlib.import_module(module), name)(params, **values)
+
+
+STOCHASTIC = partial(lpsgd.LPSGDM, stochastic_rounding=True)
+STATE_OF: dict[str, dict[str, Any]] = {
+    "float32": {
+        "SGD without momentum": partial(SGD, fused=True),
+        "SGD": partial(SGD, momentum=0.9, fused=True),
+        "AdamW": partial(AdamW, fused=True),
+        "LPSGDM": lpsgd.LPSGDM,
+        "LPSGDM bfloat16": partial(lpsgd.LPSGDM, momentum_dtype=torch.bfloat16),
+        "LPSGDM one byte": partial(lpsgd.LPSGDM, momentum_dtype=torch.float8_e5m2),
+    },
+    "bfloat16": {
+        "SGD": partial(SGD, momentum=0.9, fused=True),
+        "AdamW": partial(AdamW, fused=True),
+        "LPSGDM": STOCHASTIC,
+        "LPSGDM float32": partial(STOCHASTIC, momentum_dtype=torch.float32),
+        "LPSGDM one byte": partial(STOCHASTIC, momentum_dtype=torch.float8_e5m2),
+    },
+}
+OTHER_STATE_OF: dict[str, dict[str, Any]] = {
+    "float32": {
+        "torchao AdamW8bit": _other("torchao.optim.AdamW8bit"),
+        "torchao AdamWFp8": _other("torchao.optim.AdamWFp8"),
+        "bitsandbytes AdamW8bit": _other("bitsandbytes.optim.AdamW8bit"),
+    },
+    "bfloat16": {
+        "torchao AdamW8bit": _other("torchao.optim.AdamW8bit", bf16_stochastic_round=True),
+        "torchao AdamWFp8": _other("torchao.optim.AdamWFp8", bf16_stochastic_round=True),
+        "bitsandbytes AdamW8bit": _other("bitsandbytes.optim.AdamW8bit"),
+    },
+}
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor keeps its elements in."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """The bytes of all tensors of the state; what several share counts once."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    plain = (part for value in values if torch.is_tensor(value) for part in _plain(value))
+    return sum({part.data_ptr(): part.nbytes for part in plain}.values())
+
+
+def _train(layers: int, width: int, dtype: torch.dtype, make: Any) -> tuple[int, int]:
+    """Three steps of a network of square layers, on so few examples that nothing but parameters
+    counts. Returns their number and the bytes of the state."""
+    model = nn.Sequential(*(nn.Linear(width, width, dtype=dtype) for _ in range(layers)))
+    optimizer = make(model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, width, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+    return sum(param.numel() for param in model.parameters()), state_bytes(optimizer)
+
+
+def state_of(dtype: str, name: str, make: Any, width: int) -> State:
+    """What an optimizer keeps and needs. To be called in a fresh process.
+
+    What is loaded or compiled at an optimizer's first steps is not counted: one layer makes them
+    before.
+    """
+    torch.set_num_threads(1)
+    train = partial(_train, width=width, dtype=getattr(torch, dtype), make=make)
+    try:
+        train(1)
+        rise, (count, state) = _rise(partial(train, 4))
+    except Exception as error:
+        return State(dtype, name, math.nan, math.nan, f"{type(error).__name__}: {error}")
+    return State(dtype, name, state / count, rise / count)
+
+
+def states_here(width: int, others: bool) -> list[dict[str, Any]]:
+    """`states`, to be called in a fresh process."""
+    return [
+        asdict(state_of(dtype, name, make, width))
+        for dtype, makes in STATE_OF.items()
+        for name, make in {**makes, **(OTHER_STATE_OF[dtype] if others else {})}.items()
+    ]
+
+
+def states(width: int, others: bool) -> list[State]:
+    """What optimizers keep of a parameter, and what training needs; with `others` those of other
+    packages as well."""
+    return [State(**one) for one in _in_fresh_process(f"states_here({width}, {others})")]
 
 
 def package(times: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.speed import targets
-from benchmarks.speed.footprint import Memory
+from benchmarks.speed.footprint import Memory, State
 from benchmarks.speed.step import LISTS
 from benchmarks.speed.timing import DISTURBED, Record, Setting
 from benchmarks.speed.training import Times
@@ -35,6 +35,7 @@ class Results:
     training: list[Times]
     memory: list[Memory]
     package: dict[str, Any]
+    states: list[State]
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> "Results":
@@ -45,6 +46,7 @@ class Results:
             [Times(**one) for one in plain["training"]],
             [Memory(**one) for one in plain["memory"]],
             plain["package"],
+            [State(**one) for one in plain["states"]],
         )
 
 
@@ -191,6 +193,20 @@ def memory_table(memory: Iterable[Memory]) -> str:
     )
 
 
+def states_table(states: Iterable[State]) -> str:
+    rows = [
+        [one.dtype, one.optimizer, f"{one.state:.2f}", f"{one.peak:.2f}"]
+        if not one.error
+        else [one.dtype, one.optimizer, one.error, ""]
+        for one in states
+    ]
+    return table(
+        "**Bytes a parameter**: the state's tensors, and the peak of training (VmHWM)",
+        ["parameters", "optimizer", "state", "parameters, gradients, state and temporaries"],
+        rows,
+    )
+
+
 def write(results: Results) -> str:
     """All tables."""
     plain = {one.setting: one for one in results.records if one.setting.list in LISTS}
@@ -217,6 +233,7 @@ def write(results: Results) -> str:
         parts_table(results.records),
         training_table(results.training),
         memory_table(results.memory),
+        states_table(results.states),
         *(f"**{name}**: {value}\n" for name, value in results.package.items()),
         f"Other processes used more than {DISTURBED} CPUs during: {disturbed}.\n" * bool(disturbed),
     ]

@@ -23,7 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
-from benchmarks.paper import networks, report, sweep
+from scipy import stats
+
+from benchmarks.paper import momentum_dtype, networks, report, sweep
 from benchmarks.paper.characters import Characters
 from benchmarks.paper.config import CONFIGS, Run, load
 from benchmarks.paper.methods import make_optimizer
@@ -52,6 +54,7 @@ RUNS = {
         amp="bfloat16",
     ),
     "float16": Run(DIGITS, "LPSGD", 0.01, (0,), 2, 512, amp="float16"),
+    "one byte": Run(DIGITS, "LPSGDM", 0.01, (0,), 2, 512, {"momentum_dtype": "float8_e5m2"}),
 }
 
 
@@ -501,6 +504,44 @@ def test_any_network_is_compared_on_its_own_data():
         ("AdamW", "cosine"),
     ]
     assert all(min(row.values) > 80 for row in result.rows)
+
+
+def test_momentum_dtypes_are_compared_seed_by_seed(tmp_path):
+    (tmp_path / "study.toml").write_text(
+        'title = "A study"\nmeasure = "loss"\nseeds = [0, 1, 2]\n'
+        '[run]\noptimizer = "LPSGDM"\nepochs = 2\nbatch_size = 256\ntask.name = "digits"\n'
+        "settings.momentum = [0.8, 0.9]\n"
+        'settings.momentum_dtype = ["float32", "bfloat16", "float8_e5m2"]\n'
+        '[methods."p={p:g}, β={momentum:g}, {momentum_dtype}"]\nlr = 0.003\nsettings.p = inf\n'
+    )
+    study = load(tmp_path / "study.toml")
+    momentum_dtype.carry_out(study, tmp_path, tmp_path / "results", Machine(), 1)
+    outcome = momentum_dtype.read(tmp_path / "results" / "study.json")
+    assert [(s.p, s.momentum) for s in outcome.settings] == [("∞", 0.8), ("∞", 0.9)]
+    for setting in outcome.settings:
+        run = replace(
+            study.methods[0].run, seeds=(1,), settings={"p": math.inf, "momentum": setting.momentum}
+        )
+        *_, last = Trainer(run).train()
+        assert setting.values["float32"][1] == pytest.approx(last["held_out_loss"][0], rel=1e-3)
+        assert len({tuple(values) for values in setting.values.values()}) == 3
+    lines = momentum_dtype.table(outcome).splitlines()
+    assert lines[-4].startswith("| ∞ | 0.9 | ") and lines[-1].startswith("| all > 2 | all | ")
+    first, second, both = (mean.values["float32"] for mean in outcome.means())
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(first, second, strict=True)])
+    momentum_dtype.report(tmp_path / "results")
+    picture = tmp_path / "results" / "momentum-dtype.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_paired_difference_has_students_interval():
+    found = momentum_dtype.difference([1.0, 2.0, 4.0], [1.0, 1.0, 2.0])
+    result = stats.ttest_rel([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]).confidence_interval(0.95)
+    assert (found.mean - found.margin, found.mean + found.margin) == pytest.approx(
+        (result.low, result.high)
+    )
+    assert not found.is_clear and found.text(2) == "+1.00 ± 2.48"
+    assert momentum_dtype.difference([2.0, 3.1], [1.0, 2.0]).text(1) == "**+1.1 ± 0.6**"
 
 
 def test_welch_finds_a_difference_only_where_there_is_one():

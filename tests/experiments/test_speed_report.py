@@ -9,8 +9,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
-from benchmarks.speed import report, targets, training
+from benchmarks.speed import footprint, report, targets, training
 from benchmarks.speed.step import ALL, LISTS
 from benchmarks.speed.timing import Record, Setting, measure
 from helpers import ROOT, bits
@@ -38,8 +39,27 @@ def test_quick_run_reports_every_part_and_can_report_it_again(tmp_path):
     assert {one["optimizer"] for one in results["training"]} == {*training.CONTENDERS}
     temporaries = {one["optimizer"]: one["temporaries"] for one in results["memory"]}
     assert temporaries["LPSGDM p=4"] < 1 << 20 < temporaries["SGD foreach"]
+    state = {(one["dtype"], one["optimizer"]): one["state"] for one in results["states"]}
+    assert state["bfloat16", "LPSGDM one byte"] == state["float32", "LPSGDM one byte"] == 1.0
+    assert state["float32", "LPSGDM"] == 4.0 < 8.0 <= state["float32", "AdamW"]
     arguments = ["--from", tmp_path / "first" / "bench.json", "--output", tmp_path / "second"]
     assert run("-m", "benchmarks.speed", *arguments) == output
+
+
+def test_state_is_that_of_the_tensors_inside_and_shared_ones_count_once():
+    shared, own = torch.zeros(8), torch.zeros(5, dtype=torch.uint8)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1)) for _ in "12"])
+    for param in optimizer.param_groups[0]["params"]:
+        optimizer.state[param] = {"step": 3, "map": shared, "two": TwoTensor(own, own.clone())}
+    assert footprint.state_bytes(optimizer) == 8 * 4 + 3 * 5
+
+
+def test_an_optimizer_that_does_not_run_here_is_shown_in_its_own_words():
+    def make(params):
+        raise RuntimeError("needs a GPU")
+
+    rows = [footprint.state_of("float32", "other", make, 4)]
+    assert "RuntimeError: needs a GPU" in report.states_table(rows)
 
 
 def test_micro_benchmarks_run():
@@ -119,6 +139,6 @@ def test_half_precision_is_compared_with_float32():
 
 def test_results_survive_json():
     times = training.Times("GPT", 1, "SGD", [3.0], [1.0])
-    results = report.Results({}, [Record(Setting("64k"), SECONDS, 0.0)], [times], [], {})
+    results = report.Results({}, [Record(Setting("64k"), SECONDS, 0.0)], [times], [], {}, [])
     assert report.Results.from_json(json.loads(json.dumps(asdict(results)))) == results
     assert times.share() == 0.25

@@ -133,26 +133,35 @@ def test_random_bytes_are_numbered_as_elements_lie_in_memory():
     )
 
 
-def test_random_bytes_are_balanced_and_uncorrelated():
-    """Over neighbours, bytes of one hash, steps, streams and the bits that round parameters."""
-    n = 1 << 18
+@pytest.mark.parametrize("n", [1 << 18, pytest.param(1 << 24, marks=pytest.mark.full)])
+def test_random_bytes_are_balanced_and_uncorrelated(n):
+    """Over neighbours, bytes of one hash, steps, streams, seeds and the bits that round parameters.
+    `-s` shows the figures of docs/memory.md: counts as chi-squared, whose mean is 255 and deviation
+    22.6, and correlations in their standard deviations."""
     x = torch.empty(n)
     drawn = _eager.random_bytes(x, 1, 2, 3, 0)
     counts = drawn.bincount(minlength=256).double()
-    assert ((counts - n / 256) ** 2 / (n / 256)).sum() < 255 + 5 * math.sqrt(2 * 255)
-    centred = drawn.double() - 127.5
-    others = [
-        _eager.random_bytes(x, 1, 3, 3, 0),
-        _eager.random_bytes(x, 1, 2, 4, 0),
-        _eager.random_bytes(x, 2, 2, 3, 0),
-        _eager.random_bits(x, 1, 2, 3, 0) & 0xFF,
-        _eager.random_bits(x, 1, 2, 3, 0) >> 24,
-        *(drawn.roll(by) for by in (1, 2, 15, 16, 17, 32, 48, 64)),
-    ]
+    chi_squared = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
+    print(f"\n{n} bytes: chi-squared {chi_squared:.0f}")
+    assert abs(chi_squared - 255) < 5 * math.sqrt(2 * 255)
+    others = {
+        "the next step": lambda: _eager.random_bytes(x, 1, 3, 3, 0),
+        "the next parameter": lambda: _eager.random_bytes(x, 1, 2, 4, 0),
+        "the next seed": lambda: _eager.random_bytes(x, 2, 2, 3, 0),
+        "the lowest bits for the parameter": lambda: _eager.random_bits(x, 1, 2, 3, 0) & 0xFF,
+        "the highest": lambda: _eager.random_bits(x, 1, 2, 3, 0) >> 24,
+        **{
+            f"the element {by} before": lambda by=by: drawn.roll(by)
+            for by in (1, 2, 15, 16, 17, 32, 48, 64)
+        },
+    }
     variance = (256**2 - 1) / 12
-    for other in others:
-        correlation = (centred * (other.double() - 127.5)).mean() / variance
-        assert abs(correlation) < 5 / math.sqrt(n)
+    centred = drawn.float() - 127.5
+    for name, other in others.items():
+        mean = (centred * (other().float() - 127.5)).mean(dtype=torch.float64).item()
+        deviations = mean / variance * math.sqrt(n)
+        print(f"{name}: {deviations:+.2f}")
+        assert abs(deviations) < 5
 
 
 @pytest.mark.parametrize("m", [1.1, 0.37, -3e-5, 5e-10, 1.74])
@@ -650,3 +659,24 @@ def test_small_gradients_and_large_momentum_are_not_lost(how):
     held = _eager.decoded(buffers(optimizer)[0], 15).double()
     exact = 1e-3 * (1 - 0.98**100)
     assert held.mean().item() == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("momentum, noise", [(0.8, 0.12), (0.9, 0.175), (0.98, 0.4)])
+@pytest.mark.parametrize("kind", ["constant", "random"])
+def test_the_noise_of_rounding_is_as_documented(kind, momentum, noise):
+    """The error of the buffer, as a fraction of m, both as root mean squares. Where gradients are
+    constant, m rests at two numbers of the buffer, whatever momentum is; where they are nothing but
+    noise, each rounding adds .09 of m and momentum keeps what is left of the former ones."""
+    n = 1 << 10
+    sizes, generator = torch.logspace(-3, -2, n), torch.Generator().manual_seed(0)
+    param, exact = Parameter(torch.zeros(n)), torch.zeros(n)
+    optimizer = lpsgd.LPSGDM([param], lr=0.0, momentum=momentum, momentum_dtype=BYTE)
+    for _ in range(4 * round(1 / (1 - momentum)) + 20):
+        noise_now = torch.randn(n, generator=generator)
+        param.grad = sizes if kind == "constant" else sizes * noise_now
+        optimizer.step()
+        exact = momentum * exact + (1 - momentum) * param.grad
+    error = (_eager.decoded(buffers(optimizer)[0], 15) - exact) / sizes
+    found = (error.norm() / (exact / sizes).norm()).item()
+    print(f"\n{kind} gradients, momentum {momentum}: {found:.3f}")
+    assert found == pytest.approx(0.08 if kind == "constant" else noise, rel=0.15)
