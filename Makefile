@@ -12,7 +12,7 @@ TESTS ?=
 # A file stays in one process, for its tests share what they build.
 PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
+.PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all mutants fuzz leaks \
     test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
     sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel clean
 
@@ -81,6 +81,15 @@ experiments experiments-small: install
 	done
 	$(IN_VENV) -m benchmarks.paper.report $(RESULTS)/*.json
 	$(IN_VENV) -m benchmarks.paper.toy --output $(RESULTS)
+
+# The battery of small tasks; DATA as above, without which CIFAR-10 is left out. Started again, it goes
+# on where it was.
+battery-small: SMALL := --small
+battery: ## thirteen optimizers on eight small tasks (benchmarks/battery): 5 hours
+battery-small: ## the same with hardly any steps: 7 minutes
+battery battery-small: $(VENV)/.battery install
+	$(IN_VENV) -m benchmarks.battery $(SMALL) $(if $(DATA),--data $(DATA))
+	$(IN_VENV) -m benchmarks.battery.report $(SMALL)
 
 # Runs the notebooks and keeps their output.
 notebooks: install ## runs those of benchmarks/notebooks and keeps their output
@@ -163,6 +172,10 @@ $(VENV)/.torch: pyproject.toml
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
 	    ".[bench,demo,experiments,notebooks,test$(if $(TORCH),,,vision)]"
 	$(if $(TORCH),$(IN_VENV) -m pip uninstall --quiet --yes torchvision)
+	touch $@
+
+$(VENV)/.battery: $(VENV)/.torch
+	$(IN_VENV) -m pip install --quiet ".[battery]"
 	touch $@
 
 # The constraint keeps pip from replacing PyTorch.
