@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
@@ -38,10 +37,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 def make_optimizer(run: Run, params: Iterable[Tensor]) -> Optimizer:
     """The optimizer of a run; all settings that it doesn't name are the optimizer's defaults."""
-    settings = dict(run.settings)
-    if "momentum_dtype" in settings:
-        settings["momentum_dtype"] = getattr(torch, settings["momentum_dtype"])
-    return OPTIMIZERS[run.optimizer](params, lr=run.lr, **settings)
+    return OPTIMIZERS[run.optimizer](params, lr=run.lr, **run.settings)
 
 
 def make_schedules(run: Run, optimizer: Optimizer, steps_per_epoch: int) -> list[LRScheduler]:
