@@ -17,9 +17,10 @@ def bootstrap(seeds: int, statistic: Callable[[NDArray[np.int64]], float]) -> tu
     of the seeds, of which there are few enough (3125 of five) to need no chance.
 
     Example:
-        >>> values = np.array([1.0, 2.0, 3.0])
-        >>> bootstrap(3, lambda chosen: values[chosen].mean())
-        (1.0, 3.0)
+        >>> values = np.arange(5.0)
+        >>> low, high = bootstrap(5, lambda chosen: float(values[chosen].mean()))
+        >>> round(low, 3), round(high, 3)
+        (0.8, 3.2)
     """
     values = [statistic(np.array(chosen)) for chosen in product(range(seeds), repeat=seeds)]
     low, high = np.percentile(values, (2.5, 97.5))

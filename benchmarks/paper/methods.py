@@ -17,7 +17,7 @@ from lpsgd import LPSGD, LPSGDM, CosineAnnealingP
 
 def cautious_adamw(params: Iterable[Tensor], **settings: Any) -> Optimizer:
     """timm's AdamW with the mask of arXiv:2411.16085; nothing else here needs its package."""
-    from timm.optim import AdamWLegacy
+    from timm.optim.adamw import AdamWLegacy
 
     optimizer: Optimizer = AdamWLegacy(params, caution=True, **settings)
     return optimizer
