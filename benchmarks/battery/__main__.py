@@ -25,6 +25,7 @@ from benchmarks.battery.plan import Job, Plan, missing, seconds_of
 from benchmarks.battery.problem import Problem
 from benchmarks.battery.records import TaskFile, commit, entry_of
 from benchmarks.battery.tasks import TASKS, task_class
+from benchmarks.paper.records import jsonable
 from benchmarks.paper.sweep import one_thread
 from benchmarks.paper.task import Source
 from benchmarks.paper.training import Machine, Trainer
@@ -66,16 +67,23 @@ def carry_out(
             executor.shutdown(cancel_futures=True)
 
 
-def run(plan: Plan, directory: Path, source: Source, processes: int) -> None:
-    """Carries out all of the plan that is not in the directory's files yet."""
-    now = commit()
+def read_files(
+    plan: Plan, directory: Path, source: Source
+) -> tuple[dict[str, TaskFile], dict[str, dict[str, Any]]]:
+    """The directory's files by task, and what is known of all runs."""
     files = {
         task: TaskFile(
             directory / f"{task}.json", task, problem_of(task, True, source, plan.shrink)
         )
         for task in plan.tasks
     }
-    results = {key: entry for file in files.values() for key, entry in file.runs.items()}
+    return files, {key: entry for file in files.values() for key, entry in file.runs.items()}
+
+
+def run(plan: Plan, directory: Path, source: Source, processes: int) -> None:
+    """Carries out all of the plan that is not in the directory's files yet."""
+    now = commit()
+    files, results = read_files(plan, directory, source)
     wanted = plan.wanted(results)
     done = sum(seconds_of(job, plan.shrink) for job in wanted if job.run.key in results)
     total = max(plan.seconds(), done)
@@ -92,12 +100,31 @@ def run(plan: Plan, directory: Path, source: Source, processes: int) -> None:
         bar.total = bar.n  # horizons that did not need to be tried
 
 
+def repeat(plan: Plan, task: str, directory: Path, source: Source, processes: int) -> list[Job]:
+    """Carries out a task's known runs once more, changes nothing, and returns those that did not
+    end with the same bits."""
+    _, results = read_files(plan, directory, source)
+    jobs = [job for job in plan.wanted(results) if job.task == task and job.run.key in results]
+    different = []
+    with tqdm(total=len(jobs), unit="run", smoothing=0.0) as bar:
+        for job, entry in carry_out(jobs, source, plan.shrink, processes):
+            old = results[job.run.key]
+            measured = [name for name in entry if name != "seconds"]
+            if jsonable([entry[name] for name in measured]) != [old[name] for name in measured]:
+                different.append(job)
+            bar.update()
+    return different
+
+
 def main() -> None:
     """Carries out the command line's battery."""
     parser = argparse.ArgumentParser(description="Compare optimizers on eight tasks.")
     parser.add_argument("--small", action="store_true", help="in minutes: to see that it works")
     parser.add_argument("--data", type=Path, help="CIFAR-10 in ImageFolder layout: train, test")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help="some of the tasks alone")
+    parser.add_argument(
+        "--again", choices=TASKS, help="carry out a task's runs once more and compare the bits"
+    )
     parser.add_argument("--results", type=Path, help="directory of the results")
     parser.add_argument("--output", type=Path, default=Path("build/battery"), help="other files")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
@@ -112,8 +139,17 @@ def main() -> None:
         *(default.horizon_seeds, default.shrink),
     )
     results = arguments.results or (arguments.output / "small" if arguments.small else RESULTS)
-    run(plan, results, Source(arguments.data, arguments.output / "data"), arguments.jobs)
-    print(f"The results are in {results}.")
+    source = Source(arguments.data, arguments.output / "data")
+    if arguments.again is None:
+        run(plan, results, source, arguments.jobs)
+        print(f"The results are in {results}.")
+        return
+    different = repeat(plan, arguments.again, results, source, arguments.jobs)
+    for job in different:
+        print(f"Not the same: {job.contender.name}, {job.contender.label(job.trial)}: {job.run}")
+    if different:
+        raise SystemExit(1)
+    print(f"All of {arguments.again}'s runs have ended with the same bits.")
 
 
 if __name__ == "__main__":

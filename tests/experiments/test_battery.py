@@ -68,6 +68,13 @@ def test_a_battery_that_is_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch
         assert text.count(f"\n| {contender.name} | ") == 6  # settings, summary, runs and trials
 
     record = json.loads((whole / "digits.json").read_text())
+    key = next(iter(record["runs"]))
+    record["runs"][key]["loss"] *= 1 + 1e-15
+    (whole / "digits.json").write_text(json.dumps(record))
+    assert not battery.repeat(TINY, "image", whole, Source(), 1)
+    (job,) = battery.repeat(TINY, "digits", whole, Source(), 1)
+    assert job.run.key == key
+
     record["fingerprint"] = "other data"
     (whole / "digits.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="another fingerprint"):
