@@ -15,22 +15,22 @@ from benchmarks.paper.records import dumps, write_whole
 from benchmarks.paper.training import Metrics
 
 HEAD = ("task", "title", "cost", "chance", "fingerprint", "torch", "commits")
+ROOT = Path(__file__).parents[2]
 ORDER = ("contender", "final", "setting", "epochs", "seed")
 
 
 def commit() -> str:
-    """The commit of this code, with a mark if the working tree differs; "unknown" without git."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=12",
-        "--dirty",
-    ]
+    """The last commit of the code on which results depend, marked "-dirty" if the working tree is
+    another; "unknown" without git."""
+    code = ("csrc", "lpsgd_ext", "python", "benchmarks", ":!benchmarks/*/results")
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments, "--", *code]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+
     try:
-        return subprocess.run(git, capture_output=True, check=True, text=True).stdout.strip()
+        changed = git("status", "--porcelain")
+        return git("log", "-1", "--format=%H")[:12] + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
