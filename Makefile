@@ -174,15 +174,12 @@ $(VENV)/.torch: pyproject.toml
 	$(if $(TORCH),$(IN_VENV) -m pip uninstall --quiet --yes torchvision)
 	touch $@
 
-$(VENV)/.battery: $(VENV)/.torch
-	$(IN_VENV) -m pip install --quiet ".[battery]"
-	touch $@
-
 # The constraint keeps pip from replacing PyTorch.
-$(VENV)/.frameworks: $(VENV)/.torch
+$(VENV)/.battery: EXTRAS := battery
+$(VENV)/.frameworks: EXTRAS := frameworks$(if $(TORCH),,,frameworks-vision)
+$(VENV)/.battery $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
-	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
-	    ".[frameworks$(if $(TORCH),,,frameworks-vision)]"
+	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch
