@@ -375,6 +375,10 @@ def page(report: Report, small: bool) -> str:
     torches = sorted({head["torch"] for head in report.heads.values()})
     command = f"make battery{'-small' if small else ' DATA=DIR'}"
     state = f"{report.missing} known ones are missing" if report.missing else "none is missing"
+    note = (
+        f"This is the small one: {report.plan.trials} settings, {len(report.plan.seeds)} seeds and "
+        f"1 / {report.plan.shrink} of the steps. It shows that the program works, no more."
+    )
     lacking = [task for task in SMALL.tasks if task not in report.heads]
     parts = [
         "<!-- SPDX-License-Identifier: MIT -->\n# The battery",
@@ -383,6 +387,7 @@ def page(report: Report, small: bool) -> str:
         f"hours of a processor core in all; {state}. Code and search space are of commit "
         f"{', '.join(commits)}; PyTorch {', '.join(torches)}."
         + (f" Left out: {', '.join(lacking)}." if lacking else ""),
+        *([note] if small else []),
         summary(report),
         "![Performance profiles of both tracks and of the steps to AdamW's cost](profile.png)",
         "Above: the share of a contender's final runs, over tasks and seeds, whose cost is at most "
