@@ -242,7 +242,8 @@ def summary(report: Report) -> str:
     lines += [
         markdown(rows),
         "Cost / AdamW's: the geometric mean over the tasks of the quotients of mean costs, [95 % "
-        "interval]; AdamW chose its setting in the same way. Better, worse: on how many tasks "
+        "interval over seeds: other tasks would give other means]; AdamW chose its setting in the "
+        "same way. Better, worse: on how many tasks "
         f"significantly (P < {SIGNIFICANT}). Steps: the median over tasks of the lengths at which "
         "AdamW's cost was reached. At an edge: tuned settings with the smallest or largest lr of "
         "the space, so that others might have been better.",
