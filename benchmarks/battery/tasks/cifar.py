@@ -13,7 +13,7 @@ class Cifar(Images, Problem):
     """10,000 of its images, shifted and mirrored; every fourth of the test images."""
 
     title = "CIFAR-10, ResNet-8"
-    batch_size, steps, seconds = 64, 24, 18.0
+    batch_size, steps, seconds = 64, 22, 16.0
     cost, chance = "error", 90.0
 
     def __init__(self, final: bool, source: Source, shrink: int = 1) -> None:

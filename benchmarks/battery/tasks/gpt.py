@@ -14,7 +14,7 @@ class CharacterGPT(Characters, Problem):
     """Windows of characters, the next of which is predicted everywhere."""
 
     title = "characters, GPT"
-    batch_size, steps, seconds = 16, 50, 15.0
+    batch_size, steps, seconds = 16, 45, 15.0
     cost, chance = "perplexity", float(len(VOCABULARY))
 
     def __init__(self, final: bool, source: Source, shrink: int = 1) -> None:

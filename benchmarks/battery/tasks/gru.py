@@ -29,7 +29,7 @@ class CharacterGRU(CharacterGPT):
     """The windows of the GPT."""
 
     title = "characters, GRU with clipping"
-    batch_size, steps, seconds = 16, 50, 15.0
+    batch_size, steps, seconds = 16, 45, 15.0
     clip_norm = 1.0
 
     def build(self) -> nn.Module:

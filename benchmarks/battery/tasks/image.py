@@ -23,7 +23,7 @@ class Image(Problem):
     """
 
     title = "image from coordinates, MLP"
-    batch_size, steps, seconds = 512, 150, 7.0
+    batch_size, steps, seconds = 512, 120, 6.0
     cost = "rmse"
 
     def load(self, final: bool, source: Source) -> None:

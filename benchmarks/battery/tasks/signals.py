@@ -28,7 +28,7 @@ class Signals(Problem):
     """4000 signals to train on, as in the paper, and its small convolutional network."""
 
     title = "1-D signals, CNN"
-    batch_size, steps, seconds = 64, 150, 7.0
+    batch_size, steps, seconds = 64, 120, 6.0
     cost, chance = "error", 90.0
 
     def load(self, final: bool, source: Source) -> None:

@@ -12,7 +12,7 @@ from benchmarks.battery.problem import Problem
 from benchmarks.paper.characters import GPT
 from benchmarks.paper.task import Batch, Source
 
-WORDS, CONTEXT, WIDTH, LAYERS, HEADS = 512, 24, 64, 2, 4
+WORDS, CONTEXT, WIDTH, LAYERS, HEADS = 1024, 24, 64, 2, 4
 TRAINING, HELD_OUT = 40000, 512
 
 
@@ -43,7 +43,7 @@ class Zipf(Problem):
     """Sentences that are nowhere repeated within a run."""
 
     title = "Zipf's words, transformer"
-    batch_size, steps, seconds = 32, 50, 15.0
+    batch_size, steps, seconds = 24, 45, 15.0
     cost, chance = "perplexity", float(WORDS)
 
     def load(self, final: bool, source: Source) -> None:
