@@ -99,17 +99,17 @@ CONTENDERS = (
     Contender("AdamW", "AdamW", 3e-3, 8, WITHOUT_DECAY),
     Contender("NAdamW", "NAdamW", 3e-3, 8, WITHOUT_DECAY),
     Contender("cautious AdamW", "CautiousAdamW", 3e-3, 8, WITHOUT_DECAY),
-    Contender("SGDM, Nesterov", "SGDM", 1.0, 4, {"nesterov": True}),
+    Contender("SGDM (Nesterov)", "SGDM", 1.0, 4, {"nesterov": True}),
     Contender("Lion", "Lion", 5e-4, 4, WITHOUT_DECAY),
     Contender("p=∞ (Signum)", "LPSGDM", 1e-3, 4, {"p": math.inf}),
     Contender("p=11 (PowerStep)", "LPSGDM", 2e-3, 4, {"p": 11.0}),
     Contender("p=6", "LPSGDM", 4e-3, 4, {"p": 6.0}),
     # Every other one of its settings keeps the lr constant.
     Contender("p 6→2", "LPSGDM", 1e-2, 4, {"p": 6.0}, _TO_2, ("cosine", "constant") * 2),
-    Contender("p 6→2, pivot", "LPSGDM", 1e-3, 4, {"p": 6.0, "pivot": PIVOT}, _TO_2),
-    Contender("p 3→20, pivot", "LPSGDM", 1e-3, 4, {"p": 3.0, "pivot": PIVOT}, _RISING),
-    Contender("p=∞, one byte", "LPSGDM", 1e-3, 1, {"p": math.inf, **_BYTE}),
-    Contender("p=6, one byte", "LPSGDM", 4e-3, 1, {"p": 6.0, **_BYTE}),
+    Contender("p 6→2 (pivot)", "LPSGDM", 1e-3, 4, {"p": 6.0, "pivot": PIVOT}, _TO_2),
+    Contender("p 3→20 (pivot)", "LPSGDM", 1e-3, 4, {"p": 3.0, "pivot": PIVOT}, _RISING),
+    Contender("p=∞ (one byte)", "LPSGDM", 1e-3, 1, {"p": math.inf, **_BYTE}),
+    Contender("p=6 (one byte)", "LPSGDM", 4e-3, 1, {"p": 6.0, **_BYTE}),
 )
 REFERENCE = "AdamW"
 

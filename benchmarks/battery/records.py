@@ -22,7 +22,7 @@ ORDER = ("contender", "final", "setting", "epochs", "seed")
 def commit() -> str:
     """The last commit of the code on which results depend, marked "-dirty" if the working tree is
     another; "unknown" without git."""
-    code = ("csrc", "lpsgd_ext", "python", "benchmarks", ":!benchmarks/*/results")
+    code = ("csrc", "lpsgd_ext", "python", "benchmarks", ":!benchmarks/*/results/*")
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments, "--", *code]

@@ -31,16 +31,16 @@ STYLES = {
     "AdamW": ("#0072B2", "-"),
     "NAdamW": ("#0072B2", "--"),
     "cautious AdamW": ("#0072B2", ":"),
-    "SGDM, Nesterov": ("#E69F00", "-"),
+    "SGDM (Nesterov)": ("#E69F00", "-"),
     "Lion": ("#999933", "-"),
     "p=∞ (Signum)": ("#000000", "-"),
-    "p=∞, one byte": ("#000000", ":"),
+    "p=∞ (one byte)": ("#000000", ":"),
     "p=11 (PowerStep)": ("#882255", "-"),
     "p=6": ("#CC79A7", "-"),
-    "p=6, one byte": ("#CC79A7", ":"),
+    "p=6 (one byte)": ("#CC79A7", ":"),
     "p 6→2": ("#009E73", "-"),
-    "p 6→2, pivot": ("#009E73", "--"),
-    "p 3→20, pivot": ("#D55E00", "--"),
+    "p 6→2 (pivot)": ("#009E73", "--"),
+    "p 3→20 (pivot)": ("#D55E00", "--"),
 }
 LENGTHS = ", ".join(f"{epochs / EPOCHS:g}" for epochs in HORIZONS)
 METHOD = f"""
@@ -207,18 +207,18 @@ def summary(report: Report) -> str:
         ]
     ]
     for track in ("tuned", "untuned"):
-        words: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+        words: dict[str, list[str]] = {"ahead of AdamW": [], "level with it": [], "behind it": []}
         for name in report.names:
             one = compare(report, track, name)
             if one is not None and name != REFERENCE:
-                word = "ahead of" if one.high < 1 else "behind" if one.low > 1 else "level with"
-                words[word].append(name)
-        said = [f"{word} AdamW: {'; '.join(names)}" for word, names in words.items() if names]
-        if said:
+                place = 0 if one.high < 1 else 2 if one.low > 1 else 1
+                list(words.values())[place].append(name)
+        said = [f"{word}: {', '.join(names) or 'none'}" for word, names in words.items()]
+        if report.complete(track):
             count = len(report.complete(track))
             lines.append(
                 f"**{track.capitalize()}**, by the geometric mean of the costs on {count} "
-                f"{'tasks' if count > 1 else 'task'} and its interval, {'. '.join(said)}."
+                f"{'tasks' if count > 1 else 'task'} and its interval: {'; '.join(said)}."
             )
     for contender in report.plan.contenders:
         row = [contender.name, str(contender.bytes)]

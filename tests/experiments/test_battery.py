@@ -23,7 +23,7 @@ from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
 from benchmarks.paper.training import Trainer
 
-ADAMW, SIGN = (c for c in CONTENDERS if c.name in (REFERENCE, "p=∞, one byte"))
+ADAMW, SIGN = (c for c in CONTENDERS if c.name in (REFERENCE, "p=∞ (one byte)"))
 TINY = Plan(("digits", "image"), (ADAMW, SIGN), 2, (0,), 1, shrink=1000)
 
 
