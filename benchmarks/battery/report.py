@@ -207,12 +207,14 @@ def summary(report: Report) -> str:
         ]
     ]
     for track in ("tuned", "untuned"):
-        words: dict[str, list[str]] = {"ahead of AdamW": [], "level with it": [], "behind it": []}
+        ahead: list[str] = []
+        level: list[str] = []
+        behind: list[str] = []
         for name in report.names:
             one = compare(report, track, name)
             if one is not None and name != REFERENCE:
-                place = 0 if one.high < 1 else 2 if one.low > 1 else 1
-                list(words.values())[place].append(name)
+                (ahead if one.high < 1 else behind if one.low > 1 else level).append(name)
+        words = {"ahead of AdamW": ahead, "level with it": level, "behind it": behind}
         said = [f"{word}: {', '.join(names) or 'none'}" for word, names in words.items()]
         if report.complete(track):
             count = len(report.complete(track))
