@@ -23,7 +23,7 @@ from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
 from benchmarks.paper.training import Trainer
 
-ADAMW, SIGN = (c for c in CONTENDERS if c.name in (REFERENCE, "p=∞ (one byte)"))
+ADAMW, SIGN = (c for c in CONTENDERS if c.name in (REFERENCE, "p=∞ (Signum)"))
 TINY = Plan(("digits", "image"), (ADAMW, SIGN), 2, (0,), 1, shrink=1000)
 
 
@@ -71,7 +71,6 @@ def test_a_battery_that_is_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch
     key = next(iter(record["runs"]))
     record["runs"][key]["loss"] *= 1 + 1e-15
     (whole / "digits.json").write_text(json.dumps(record))
-    assert not battery.repeat(TINY, "image", whole, Source(), 1)
     (job,) = battery.repeat(TINY, "digits", whole, Source(), 1)
     assert job.run.key == key
 
