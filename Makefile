@@ -12,9 +12,10 @@ TESTS ?=
 # A file stays in one process, for its tests share what they build.
 PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all mutants fuzz leaks \
-    test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
-    sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel clean
+.PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all mutants \
+    fuzz leaks test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
+    sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel \
+    clean FORCE
 
 help:
 	@echo "make TARGET; the environment, in build/venv, takes 3 minutes more at the first. TARGET is"
@@ -160,9 +161,22 @@ lib: ## builds csrc as a static library with a pkg-config file
 	$(MAKE) -C csrc
 
 # The package as a user gets it: built in isolation and installed, not linked to the sources.
+# A make of its own sees that a new environment comes with the package.
 install: $(VENV)/.torch
+	@$(MAKE) --no-print-directory $(VENV)/.installed
+
+# Folders change when something in them is removed.
+SOURCES := $(shell find csrc lpsgd_ext python \
+    '(' -name __pycache__ -o -name '*.egg-info' -o -name '*.so' ')' -prune -o -print)
+$(VENV)/.installed: $(SOURCES) setup.py README.md $(VENV)/.options
 	rm -rf build/lib.* build/temp.* build/bdist.*
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet --force-reinstall --no-deps .
+	touch $@
+
+# The variables that the module was built with: others build it anew.
+OPTIONS := env | grep -E '^(CC|CFLAGS|LDFLAGS|NVCC|CUDA_|TORCH_CUDA_|LPSGD_)' | sort
+$(VENV)/.options: FORCE
+	@$(OPTIONS) | cmp -s - $@ || $(OPTIONS) >$@
 
 # For an older PyTorch there may be no torchvision that fits, and timm needs it: tests are skipped. (One
 # that curvlinops brings along is removed.)
@@ -172,18 +186,21 @@ $(VENV)/.torch: pyproject.toml
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
 	    ".[bench,demo,experiments,notebooks,test$(if $(TORCH),,,vision)]"
 	$(if $(TORCH),$(IN_VENV) -m pip uninstall --quiet --yes torchvision)
+	$(OPTIONS) >$(VENV)/.options
 	touch $@
+	touch $(VENV)/.installed
 
-# The constraint keeps pip from replacing PyTorch.
+# The package is there: its name, not its folder, lets it be. The constraint keeps pip from replacing
+# PyTorch.
 $(VENV)/.battery: EXTRAS := battery
 $(VENV)/.frameworks: EXTRAS := frameworks$(if $(TORCH),,,frameworks-vision)
 $(VENV)/.battery $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
-	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt ".[$(EXTRAS)]"
+	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt "lpsgd[$(EXTRAS)]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch
-	$(IN_VENV) -m pip install --quiet ".[docs]"
+	$(IN_VENV) -m pip install --quiet "lpsgd[docs]"
 	touch $@
 
 # A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.

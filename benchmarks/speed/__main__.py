@@ -192,7 +192,10 @@ def measure_all(args: argparse.Namespace) -> report.Results:
         ):
             results.training.extend(training.train(task, optimizers, n, 1 if args.quick else 10))
     if "memory" in parts:
-        results.memory.extend(footprint.memory("1M" if args.quick else "ResNet-50"))
+        two = ("LPSGDM p=4", "SGD foreach")
+        results.memory.extend(
+            footprint.memory("1M", two) if args.quick else footprint.memory("ResNet-50")
+        )
     if "package" in parts:
         results.package.update(footprint.package(2 if args.quick else 5))
     return results

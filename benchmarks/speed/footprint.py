@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def temporaries(list_: str, optimizer: str) -> int:
     return _status("VmHWM") - before
 
 
-def memory(list_: str) -> list[Memory]:
-    """Of all optimizers, each in a process of its own that returns freed memory at once."""
+def memory(list_: str, optimizers: Sequence[str] = MEMORY_OF) -> list[Memory]:
+    """Of these optimizers, each in a process of its own that returns freed memory at once."""
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -72,7 +73,7 @@ def memory(list_: str) -> list[Memory]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     found = []
-    for name in MEMORY_OF:
+    for name in optimizers:
         code = f"from {__name__} import temporaries as t; print(t({list_!r}, {name!r}))"
         output = subprocess.check_output([sys.executable, "-c", code], env=environment)
         size = sum(map(math.prod, shapes_of(list_))) * torch.float32.itemsize

@@ -4,6 +4,7 @@
 import os
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -103,12 +104,13 @@ def machine_code(instructions):
 
 @pytest.fixture(scope="module")
 def ptx_text(compile_kernels, disassemble):
-    return disassemble(compile_kernels(PTX_FLAGS), "-ptx")
+    """A function of the architecture, as the next: each is compiled where a test asks for it."""
+    return cache(lambda n: disassemble(compile_kernels(only(n, PTX_FLAGS)), "-ptx"))
 
 
 @pytest.fixture(scope="module")
 def ptx(ptx_text):
-    return opcodes_of_ptx(ptx_text)
+    return cache(lambda n: opcodes_of_ptx(ptx_text(n))[n])
 
 
 def only(n, flags):
@@ -153,13 +155,13 @@ def test_tools_find_the_kernels_in_the_module(disassemble):
     assert ptx == [target.replace("compute", "sm") for target in targets if target not in elf]
 
 
-def test_image_holds_every_architecture_and_is_compressed(resources, machine_code, ptx):
+def test_image_holds_every_architecture_and_is_compressed(resources, machine_code):
     assert sorted(n for kind, n, _ in resources if kind == "elf") == sorted(ARCHITECTURES)
     assert [n for kind, n, _ in resources if kind == "ptx"] == [ARCHITECTURES[0]]
     for _, _, part in resources:
         assert re.search(r"(?m)^compressed$", part), part[:200]
-    assert list(machine_code) == list(ptx) == ARCHITECTURES
-    for code in (*machine_code.values(), *ptx.values()):
+    assert list(machine_code) == ARCHITECTURES
+    for code in machine_code.values():
         assert set(code) == ALL
 
 
@@ -198,7 +200,7 @@ def test_registers_leave_room_for_1024_threads(resources):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_vectors_are_loaded_whole_before_they_are_stored_whole(machine_code, ptx, kernel):
+def test_vectors_are_loaded_whole_before_they_are_stored_whole(machine_code, kernel):
     param, momentum_buffer = KERNELS[kernel]
     vectors = momentum_buffer // param
     narrow = {0.5: ".64", 0.25: ""}.get(momentum_buffer / param)  # a whole momentum vector
@@ -209,10 +211,16 @@ def test_vectors_are_loaded_whole_before_they_are_stored_whole(machine_code, ptx
         loads = [i for i, op in enumerate(code[kernel]) if op.startswith("LDG.E.128")]
         assert len(stores) >= 1 + vectors, (n, "stores")
         assert len([i for i in loads if i < stores[0]]) >= 2 + vectors, (n, "loads")
-    for n, code in ptx.items():
-        whole = [op for op in code[kernel] if re.search(r"global.*\.(v4\..32|v2\..64)$", op)]
-        assert len([op for op in whole if op.startswith("st")]) >= 1 + vectors, (n, "stores")
-        assert len([op for op in whole if op.startswith("ld")]) >= 2 + vectors, (n, "loads")
+
+
+@architectures
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vectors_are_whole_in_ptx(ptx, kernel, n):
+    param, momentum_buffer = KERNELS[kernel]
+    vectors = momentum_buffer // param
+    whole = [op for op in ptx(n)[kernel] if re.search(r"global.*\.(v4\..32|v2\..64)$", op)]
+    assert len([op for op in whole if op.startswith("st")]) >= 1 + vectors
+    assert len([op for op in whole if op.startswith("ld")]) >= 2 + vectors
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -303,21 +311,22 @@ def test_nothing_is_contracted_that_the_source_does_not_fuse(
     for kernel in ALL:
         assert not fused_to_nearest(marked[kernel]), kernel
         of_the_source = [op for op in marked[kernel] if op.startswith("fma.rz.")]
-        assert len(fused_to_nearest(ptx[n][kernel])) == len(of_the_source), kernel
+        assert len(fused_to_nearest(ptx(n)[kernel])) == len(of_the_source), kernel
     # float64 alone has a product and a sum to contract (x * pow(...) + 0.0).
     assert fused_to_nearest(contracted["lpsgd_cuda_float64"])
 
 
-@pytest.mark.parametrize("n", ARCHITECTURES)
+@architectures
 def test_ptx_rounds_every_operation_to_nearest(ptx, n):
     """Explicitly, nothing is approximate, and no subnormal is flushed to zero."""
+    assert set(ptx(n)) == ALL
     for kernel in ALL:
-        for op in ptx[n][kernel]:
+        for op in ptx(n)[kernel]:
             if re.search(r"\.f(32|64)$", op) and re.match(r"add|sub|mul|mad|fma|div|rcp|sqrt", op):
                 assert re.fullmatch(r"(add|sub|mul|fma|div|rcp)\.rn\.f(32|64)", op), (kernel, op)
             assert not re.search(r"\.(approx|full|ftz)\b", op), (kernel, op)
     for kernel, (param, _) in KERNELS.items():
-        assert f"div.rn.f{64 if param == 8 else 32}" in ptx[n][kernel]
+        assert f"div.rn.f{64 if param == 8 else 32}" in ptx(n)[kernel]
 
 
 @architectures
@@ -326,8 +335,7 @@ def test_the_assembler_contracts_nothing(
 ):
     """Allowed to contract, which is its default, it makes the same code of each PTX: it leaves
     alone what is rounded explicitly. So does then a driver that compiles the PTX."""
-    texts = re.split(r"(?m)^(?=\.version )", ptx_text)[1:]
-    (text,) = (text for text in texts if re.search(rf"(?m)^\.target sm_{n}\b", text))
+    (text,) = re.split(r"(?m)^(?=\.version )", ptx_text(n))[1:]
     source = tmp_path / "kernels.ptx"
     source.write_text(text.split("\nFatbin")[0])
     flags = ["-fatbin", f"-gencode=arch=compute_{n},code=sm_{n}"]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, run, tool
+from helpers import ROOT, quick_compiler, run, tool
 
 NO_DRIVER = """
 import lpsgd, lpsgd_ext, torch
@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
     run(make, MAKEFLAGS="")
     build = ["build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
     stand_in = str(ROOT / "tests" / "csrc" / "nvcc_double.sh")
-    run([sys.executable, "setup.py", "-q", *build], NVCC=stand_in, LPSGD_CUDA="1", LPSGD_WERROR="1")
+    options = {"NVCC": stand_in, "LPSGD_CUDA": "1", "LPSGD_WERROR": "1"}
+    run([sys.executable, "setup.py", "-q", *build], CC=quick_compiler(folder), **options)
     return folder
 
 

@@ -90,11 +90,10 @@ print(same(step(fourth), expected))
 @pytest.mark.parametrize(
     "before",
     [
-        [],
         ["step", "sum", "step"],
         *(
             pytest.param(acts, marks=pytest.mark.full)
-            for acts in (["step"], ["sum"], ["step", "sum"], ["sum", "step"])
+            for acts in ([], ["step"], ["sum"], ["step", "sum"], ["sum", "step"])
         ),
     ],
 )
@@ -104,7 +103,7 @@ def test_children_and_grandchildren_step_whatever_ran_before_the_fork(before):
     assert program(FORKS.format(before=before)) == ["0", "True"]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
 def test_multiprocessing_and_loader_workers_live_beside_steps(start, tmp_path):
     (tmp_path / "main.py").write_text(
         START
@@ -191,7 +190,13 @@ def test_64_threads_may_step_one_optimizer():
     assert param.min() >= -64 * 20 and param.max() <= -20
 
 
-@pytest.mark.parametrize("daemon", ["", "threading.Thread(target=forever, daemon=True).start()"])
+@pytest.mark.parametrize(
+    "daemon",
+    [
+        "threading.Thread(target=forever, daemon=True).start()",
+        pytest.param("", marks=pytest.mark.full),
+    ],
+)
 def test_an_interpreter_ends_with_live_optimizers_and_steps_under_way(daemon):
     code = f"""
 param, optimizer = pair()

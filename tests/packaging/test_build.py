@@ -11,7 +11,7 @@ import zipfile
 import pytest
 
 import lpsgd
-from helpers import ROOT, run, tool
+from helpers import ROOT, quick_compiler, run, tool
 
 SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md"]
 SOURCES += ["MANIFEST.in", "CHANGELOG.md"]
@@ -27,8 +27,9 @@ print(param.tolist(), lpsgd_ext.build_info()["openmp"])
 
 
 @pytest.fixture
-def source(tmp_path):
+def source(tmp_path, monkeypatch):
     """A copy of what the build needs, so that builds leave nothing behind."""
+    monkeypatch.setenv("CC", quick_compiler(tmp_path))
     ignore = shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__", "build")
     for name in SOURCES:
         path = ROOT / name
