@@ -12,8 +12,8 @@ TESTS ?=
 # A file stays in one process, for its tests share what they build.
 PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
-    test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
+.PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all mutants \
+    fuzz leaks test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
     sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel \
     clean FORCE
 
@@ -82,6 +82,15 @@ experiments experiments-small: install
 	done
 	$(IN_VENV) -m benchmarks.paper.report $(RESULTS)/*.json
 	$(IN_VENV) -m benchmarks.paper.toy --output $(RESULTS)
+
+# The battery of small tasks; DATA as above, without which CIFAR-10 is left out. Started again, it goes
+# on where it was.
+battery-small: SMALL := --small
+battery: ## thirteen optimizers on eight small tasks (benchmarks/battery): 4 hours
+battery-small: ## the same with hardly any steps: 7 minutes
+battery battery-small: $(VENV)/.battery install
+	$(IN_VENV) -m benchmarks.battery $(SMALL) $(if $(DATA),--data $(DATA))
+	$(IN_VENV) -m benchmarks.battery.report $(SMALL)
 
 # Runs the notebooks and keeps their output.
 notebooks: install ## runs those of benchmarks/notebooks and keeps their output
@@ -183,10 +192,11 @@ $(VENV)/.torch: pyproject.toml
 
 # The package is there: its name, not its folder, lets it be. The constraint keeps pip from replacing
 # PyTorch.
-$(VENV)/.frameworks: $(VENV)/.torch
+$(VENV)/.battery: EXTRAS := battery
+$(VENV)/.frameworks: EXTRAS := frameworks$(if $(TORCH),,,frameworks-vision)
+$(VENV)/.battery $(VENV)/.frameworks: $(VENV)/.torch
 	$(IN_VENV) -m pip freeze | grep "^torch==" >$(VENV)/torch.txt
-	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt \
-	    "lpsgd[frameworks$(if $(TORCH),,,frameworks-vision)]"
+	$(IN_VENV) -m pip install --quiet --constraint $(VENV)/torch.txt "lpsgd[$(EXTRAS)]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch

@@ -46,8 +46,9 @@ class Run:
         task: its `name` (see `tasks.make_task`) and settings.
         optimizer: a name of `methods.OPTIMIZERS`; `settings` are its keyword arguments without lr.
         seeds: one network for each, trained side by side; only some tasks take more than one.
-        anneal_p: whether p goes from that of the settings to 2 (equation 19).
+        anneal_p: whether p goes from that of the settings to `p_end` (equation 19).
         lr_schedule: "constant" or "cosine" (to 0), both after `warmup` epochs of linear increase.
+        clip_norm: the norm to which a larger gradient of all parameters together is scaled.
         every: whether lr and p change with every "step" or "epoch".
         final: whether the data held out are the test data; otherwise validation data.
         evaluate_every: the epochs from one evaluation on held-out data to the next; the last epoch
@@ -64,8 +65,10 @@ class Run:
     batch_size: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     anneal_p: bool = False
+    p_end: float = 2.0
     lr_schedule: str = "constant"
-    warmup: int = 0
+    warmup: float = 0
+    clip_norm: float | None = None
     every: str = "step"
     final: bool = True
     evaluate_every: int = 1

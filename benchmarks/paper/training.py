@@ -155,6 +155,9 @@ class Trainer:
             losses, _ = self.task.losses(self.model, inputs, targets)
         self.optimizer.zero_grad()
         torch.autograd.backward(self.scaler.scale(losses.mean(dim=1).sum()))
+        if self.run.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.params, self.run.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return self.over_processes(losses.detach().sum(dim=1))
