@@ -152,12 +152,8 @@ def test_what_is_not_aligned_is_refused_since_no_gpu_could_read_it(cls):
 # Errors.
 
 
-@classes
-def test_without_a_driver_pytorchs_operations_step_and_that_is_said_once(cls):
-    there, _ = models()
-    eager, _ = models()
-    optimizer, other = cls(there, lr=0.1), cls(eager, lr=0.1, foreach=True)
-    cuda_double.fail("cuInit", nth=0, error=100)
+def the_one_warning_of_same_training(optimizer, other):
+    """Steps both three times, which must train alike, and returns the one warning's words."""
     with opened(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -165,7 +161,17 @@ def test_without_a_driver_pytorchs_operations_step_and_that_is_said_once(cls):
             other.step()
     assert_same_training(optimizer, other)
     (warning,) = caught
-    assert str(warning.message).startswith("PyTorch's operations step on cuda:0: cuInit: CUDA_ERR")
+    return str(warning.message)
+
+
+@classes
+def test_without_a_driver_pytorchs_operations_step_and_that_is_said_once(cls):
+    there, _ = models()
+    eager, _ = models()
+    optimizer, other = cls(there, lr=0.1), cls(eager, lr=0.1, foreach=True)
+    cuda_double.fail("cuInit", nth=0, error=100)
+    warning = the_one_warning_of_same_training(optimizer, other)
+    assert warning.startswith("PyTorch's operations step on cuda:0: cuInit: CUDA_ERR")
     assert cuda_double.count("cuLaunchKernel") == 0
     cuda_double.mend()
     optimizer.step()
@@ -200,14 +206,8 @@ def test_kernels_that_fail_their_check_step_nothing(cls, fused, plant, monkeypat
         assert same_bits(seen(there), seen(before))
         assert not optimizer.state
         return
-    with opened(), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(3):
-            optimizer.step()
-            other.step()
-    assert_same_training(optimizer, other)
-    (warning,) = caught
-    assert str(warning.message).startswith(f"PyTorch's operations step on cuda:0: {words}")
+    warning = the_one_warning_of_same_training(optimizer, other)
+    assert warning.startswith(f"PyTorch's operations step on cuda:0: {words}")
 
 
 # Captures.
