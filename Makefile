@@ -7,18 +7,21 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
+RELEASE_VENV := build/venv-release
+IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
+
 # Which tests `make test` runs; TESTS=tests/optimizer runs those alone.
 TESTS ?=
 # A file stays in one process, for its tests share what they build.
 PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
-    test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
+    test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden portable exhaustive \
     sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel clean
 
 help:
 	@echo "make TARGET; the environment, in build/venv, takes 3 minutes more at the first. TARGET is"
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 20
 	@echo "TORCH=2.13.0 make TARGET takes that PyTorch, in an environment of its own."
 
 demo: install ## trains LPSGDM beside SGD, SGDM and AdamW and draws what happens: 1 minute
@@ -58,6 +61,14 @@ test-frameworks: $(VENV)/.frameworks install ## the tests with Lightning, Huggin
 golden: ## compares the bits from two compilers at every level on four processors: 3 minutes
 	sh tests/system_packages.sh clang qemu-user cross-aarch64 cross-s390x cross-riscv64
 	$(MAKE) -C tests/csrc golden
+
+# The compiler, zig, comes with the release's tools.
+portable: $(RELEASE_VENV)/.tools ## compiles csrc and the module for macOS and Windows, runs csrc in wine: 4 minutes
+	sh tests/system_packages.sh wine llvm
+	set -e; for target in build-aarch64-macos build-x86_64-macos check-windows; do \
+	    $(MAKE) -C tests/csrc $$target ZIG='$(CURDIR)/$(RELEASE_VENV)/bin/python -m ziglang'; \
+	done
+	$(IN_RELEASE) python tests/packaging/release/elsewhere.py
 
 # The result goes to tests/csrc/exhaustive.txt.
 exhaustive: ## measures the error of every float32: 20 minutes
@@ -177,8 +188,6 @@ $(VENV)/.docs: $(VENV)/.torch
 	touch $@
 
 # A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.
-RELEASE_VENV := build/venv-release
-IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/packaging/release/tools.txt
 wheel: export LPSGD_OPENMP := 1

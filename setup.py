@@ -90,8 +90,10 @@ class BuildExt(build_ext):
         if self.openmp_works():
             compile_flags.append("-fopenmp")
             link_flags.append("-fopenmp")
-        compile_flags += self.cuda_macros()
+        cuda_macros = self.cuda_macros()
+        compile_flags += cuda_macros
         for extension in self.extensions:
+            extension.libraries += ["dl"] if cuda_macros else []  # finds the driver
             extension.extra_compile_args = compile_flags
             extension.extra_link_args = link_flags
         try:
@@ -203,7 +205,7 @@ setup(
             depends=[*glob("csrc/*.h"), *glob("csrc/*.cu"), *glob("lpsgd_ext/*.h"), "setup.py"],
             include_dirs=["csrc"],
             define_macros=[("Py_LIMITED_API", "0x030a0000")],
-            libraries=["m", "pthread", "dl"],
+            libraries=["m", "pthread"],
             py_limited_api=True,
         )
     ],
