@@ -187,17 +187,21 @@ $(VENV)/.docs: $(VENV)/.torch
 	$(IN_VENV) -m pip install --quiet ".[docs]"
 	touch $@
 
-# A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.
+# A release: the sdist and from it the wheels, by pinned tools. gcc compiles, and zig links with the symbols
+# of glibc 2.17, so that a wheel asks for no newer system than PyTorch does. PyTorch provides libgomp.
+WHEELS := x86_64 aarch64
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
-wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/packaging/release/tools.txt
+wheel: export NVCC := $(CURDIR)/tests/packaging/release/nvcc.py
+wheel: export LPSGD_CUDA := 1
 wheel: export LPSGD_OPENMP := 1
 wheel: export LPSGD_WERROR := 1
-wheel: export LDSHARED := $(CC) -shared # a Python from elsewhere would leave its folder in the module
-wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 1 minute
+wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 4 minutes
+	sh tests/system_packages.sh $(WHEELS:%=cross-%)
 	rm -rf build/wheel dist python/*.egg-info
-	umask 022; $(IN_RELEASE) python -m build --outdir build/wheel
-	umask 022; $(IN_RELEASE) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
-	cp build/wheel/*.tar.gz dist
+	umask 022; $(IN_RELEASE) python -m build --no-isolation --sdist --outdir dist
+	set -e; umask 022; for machine in $(WHEELS); do \
+	    $(IN_RELEASE) sh tests/packaging/release/build_wheel.sh $$machine; \
+	done
 	$(IN_RELEASE) abi3audit --strict --report dist/*.whl
 	$(IN_RELEASE) twine check --strict dist/*.whl dist/*.tar.gz
 	$(IN_RELEASE) python -m pytest -q -c tests/packaging/release/pytest.ini tests/packaging/release/test_dist.py
