@@ -22,6 +22,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -196,6 +198,11 @@ def version() -> str:
     return found.group(1)
 
 
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(
+        "lpsgd_ext relies on the GIL and has no build for free-threaded Pythons (3.13t, 3.14t): "
+        "install lpsgd in the usual build of this Python"
+    )
 setup(
     version=version(),
     ext_modules=[
