@@ -17,7 +17,8 @@ PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadf
 
 .PHONY: help demo experiments experiments-small notebooks test test-all mutants fuzz leaks \
     test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden portable exhaustive \
-    sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel clean
+    sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel \
+    test-aarch64 clean
 
 help:
 	@echo "make TARGET; the environment, in build/venv, takes 3 minutes more at the first. TARGET is"
@@ -213,6 +214,10 @@ PAIRS := 3.10:2.10.0 3.11:2.13.0 3.12:2.11.0 3.13:2.13.0 3.14:2.14.1 3.10:2.14.1
 test-wheel: wheel ## tries the wheel with every Python and PyTorch: 15 minutes
 	$(IN_RELEASE) sh tests/packaging/release/build_again.sh
 	$(IN_RELEASE) python tests/packaging/release/try_wheel.py $(PAIRS)
+
+test-aarch64: wheel ## tries the aarch64 wheel with PyTorch's own for aarch64, emulated: 10 minutes
+	sh tests/system_packages.sh qemu-user debootstrap
+	$(IN_RELEASE) python tests/packaging/release/try_aarch64.py
 
 $(RELEASE_VENV)/.tools: tests/packaging/release/tools.txt
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python

@@ -24,6 +24,7 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 
 #include <setjmp.h>
 #include <stdint.h>
 #include <cmocka.h>' | ${CC:-cc} -E - ;;
+    debootstrap) command -v debootstrap && command -v dpkg ;;
     wine) command -v wine ;;
     llvm) command -v llvm-nm && command -v llvm-readobj ;;
     qemu-user) command -v qemu-aarch64 && command -v qemu-x86_64 ;;
@@ -42,6 +43,7 @@ packages_of() {
     libfuzzer) echo libclang-rt-dev ;;
     pkg-config) echo pkg-config ;;
     cmocka) echo libcmocka-dev ;;
+    debootstrap) echo debootstrap ;;
     wine) echo wine wine64 ;;
     llvm) echo llvm ;;
     qemu-user) echo qemu-user ;;
