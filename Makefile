@@ -211,7 +211,7 @@ wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 4 min
 # The same bytes again from a clone elsewhere, under another umask and at another time; then the wheel
 # in fresh environments, PYTHON:TORCH, with every Python (found here) and PyTorch that is supported.
 PAIRS := 3.10:2.10.0 3.11:2.13.0 3.12:2.11.0 3.13:2.13.0 3.14:2.14.1 3.10:2.14.1 3.14:2.10.0
-test-wheel: wheel ## tries the wheel with every Python and PyTorch: 15 minutes
+test-wheel: wheel ## tries the wheel with every Python and PyTorch: 20 minutes
 	$(IN_RELEASE) sh tests/packaging/release/build_again.sh
 	$(IN_RELEASE) python tests/packaging/release/try_wheel.py $(PAIRS)
 
