@@ -215,7 +215,7 @@ test-wheel: wheel ## tries the wheel with every Python and PyTorch: 20 minutes
 	$(IN_RELEASE) sh tests/packaging/release/build_again.sh
 	$(IN_RELEASE) python tests/packaging/release/try_wheel.py $(PAIRS)
 
-test-aarch64: wheel ## tries the aarch64 wheel with PyTorch's own for aarch64, emulated: 10 minutes
+test-aarch64: wheel ## tries the aarch64 wheel with PyTorch's own for aarch64, emulated: 8 minutes
 	sh tests/system_packages.sh qemu-user debootstrap
 	$(IN_RELEASE) python tests/packaging/release/try_aarch64.py
 
