@@ -7,19 +7,22 @@ BENCH ?=
 VENV := build/venv$(if $(TORCH),-torch-$(TORCH))
 IN_VENV := $(VENV)/bin/python
 
+RELEASE_VENV := build/venv-release
+IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
+
 # Which tests `make test` runs; TESTS=tests/optimizer runs those alone.
 TESTS ?=
 # A file stays in one process, for its tests share what they build.
 PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all mutants \
-    fuzz leaks test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden exhaustive \
-    sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel \
-    clean FORCE
+    fuzz leaks test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden portable \
+    exhaustive sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel \
+    test-aarch64 clean FORCE
 
 help:
 	@echo "make TARGET; the environment, in build/venv, takes 3 minutes more at the first. TARGET is"
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 20
 	@echo "TORCH=2.13.0 make TARGET takes that PyTorch, in an environment of its own."
 
 demo: install ## trains LPSGDM beside SGD, SGDM and AdamW and draws what happens: 1 minute
@@ -59,6 +62,14 @@ test-frameworks: $(VENV)/.frameworks install ## the tests with Lightning, Huggin
 golden: ## compares the bits from two compilers at every level on four processors: 3 minutes
 	sh tests/system_packages.sh clang qemu-user cross-aarch64 cross-s390x cross-riscv64
 	$(MAKE) -C tests/csrc golden
+
+# The compiler, zig, comes with the release's tools.
+portable: $(RELEASE_VENV)/.tools ## compiles csrc and the module for macOS and Windows, runs csrc in wine: 4 minutes
+	sh tests/system_packages.sh wine llvm
+	set -e; for target in build-aarch64-macos build-x86_64-macos check-windows; do \
+	    $(MAKE) -C tests/csrc $$target ZIG='$(CURDIR)/$(RELEASE_VENV)/bin/python -m ziglang'; \
+	done
+	$(IN_RELEASE) python tests/packaging/release/elsewhere.py
 
 # The result goes to tests/csrc/exhaustive.txt.
 exhaustive: ## measures the error of every float32: 20 minutes
@@ -203,19 +214,21 @@ $(VENV)/.docs: $(VENV)/.torch
 	$(IN_VENV) -m pip install --quiet "lpsgd[docs]"
 	touch $@
 
-# A release: the sdist and from it the wheel, in isolation, by pinned tools. PyTorch provides libgomp.
-RELEASE_VENV := build/venv-release
-IN_RELEASE := PATH="$(CURDIR)/$(RELEASE_VENV)/bin:$$PATH"
+# A release: the sdist and from it the wheels, by pinned tools. gcc compiles, and zig links with the symbols
+# of glibc 2.17, so that a wheel asks for no newer system than PyTorch does. PyTorch provides libgomp.
+WHEELS := x86_64 aarch64
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
-wheel: export PIP_CONSTRAINT := $(CURDIR)/tests/packaging/release/tools.txt
+wheel: export NVCC := $(CURDIR)/tests/packaging/release/nvcc.py
+wheel: export LPSGD_CUDA := 1
 wheel: export LPSGD_OPENMP := 1
 wheel: export LPSGD_WERROR := 1
-wheel: export LDSHARED := $(CC) -shared # a Python from elsewhere would leave its folder in the module
-wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 1 minute
+wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 4 minutes
+	sh tests/system_packages.sh $(WHEELS:%=cross-%)
 	rm -rf build/wheel dist python/*.egg-info
-	umask 022; $(IN_RELEASE) python -m build --outdir build/wheel
-	umask 022; $(IN_RELEASE) auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
-	cp build/wheel/*.tar.gz dist
+	umask 022; $(IN_RELEASE) python -m build --no-isolation --sdist --outdir dist
+	set -e; umask 022; for machine in $(WHEELS); do \
+	    $(IN_RELEASE) sh tests/packaging/release/build_wheel.sh $$machine; \
+	done
 	$(IN_RELEASE) abi3audit --strict --report dist/*.whl
 	$(IN_RELEASE) twine check --strict dist/*.whl dist/*.tar.gz
 	$(IN_RELEASE) python -m pytest -q -c tests/packaging/release/pytest.ini tests/packaging/release/test_dist.py
@@ -224,9 +237,13 @@ wheel: $(RELEASE_VENV)/.tools ## builds the release in dist and checks it: 1 min
 # The same bytes again from a clone elsewhere, under another umask and at another time; then the wheel
 # in fresh environments, PYTHON:TORCH, with every Python (found here) and PyTorch that is supported.
 PAIRS := 3.10:2.10.0 3.11:2.13.0 3.12:2.11.0 3.13:2.13.0 3.14:2.14.1 3.10:2.14.1 3.14:2.10.0
-test-wheel: wheel ## tries the wheel with every Python and PyTorch: 15 minutes
+test-wheel: wheel ## tries the wheel with every Python and PyTorch: 20 minutes
 	$(IN_RELEASE) sh tests/packaging/release/build_again.sh
 	$(IN_RELEASE) python tests/packaging/release/try_wheel.py $(PAIRS)
+
+test-aarch64: wheel ## tries the aarch64 wheel with PyTorch's own for aarch64, emulated: 8 minutes
+	sh tests/system_packages.sh qemu-user debootstrap
+	$(IN_RELEASE) python tests/packaging/release/try_aarch64.py
 
 $(RELEASE_VENV)/.tools: tests/packaging/release/tools.txt
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python

@@ -22,6 +22,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -90,8 +92,10 @@ class BuildExt(build_ext):
         if self.openmp_works():
             compile_flags.append("-fopenmp")
             link_flags.append("-fopenmp")
-        compile_flags += self.cuda_macros()
+        cuda_macros = self.cuda_macros()
+        compile_flags += cuda_macros
         for extension in self.extensions:
+            extension.libraries += ["dl"] if cuda_macros else []  # finds the driver
             extension.extra_compile_args = compile_flags
             extension.extra_link_args = link_flags
         try:
@@ -194,6 +198,11 @@ def version() -> str:
     return found.group(1)
 
 
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    sys.exit(
+        "lpsgd_ext relies on the GIL and has no build for free-threaded Pythons (3.13t, 3.14t): "
+        "install lpsgd in the usual build of this Python"
+    )
 setup(
     version=version(),
     ext_modules=[
@@ -203,7 +212,7 @@ setup(
             depends=[*glob("csrc/*.h"), *glob("csrc/*.cu"), *glob("lpsgd_ext/*.h"), "setup.py"],
             include_dirs=["csrc"],
             define_macros=[("Py_LIMITED_API", "0x030a0000")],
-            libraries=["m", "pthread", "dl"],
+            libraries=["m", "pthread"],
             py_limited_api=True,
         )
     ],

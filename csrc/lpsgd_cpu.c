@@ -22,6 +22,7 @@ static struct {
     int forked; /* an OpenMP region could hang in this process */
 } process = {PTHREAD_ONCE_INIT, NULL, NULL, 0};
 
+#ifndef _WIN32 /* which has no fork */
 static void in_forked_child(void)
 {
     process.forked = 1;
@@ -32,13 +33,20 @@ __attribute__((constructor)) static void watch_forks(void)
 {
     pthread_atfork(NULL, NULL, in_forked_child);
 }
+#endif
 
 #ifdef __x86_64__
-/* clang's __builtin_cpu_supports does not know it. */
-static int has_f16c(void)
+/* Whether the CPU has them all, and the system saves the registers `saved`. By hand, since what is
+ * behind __builtin_cpu_supports differs: zig's runtime library denies everything. */
+static int cpu_has(unsigned features1, unsigned features7, unsigned saved)
 {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    unsigned a, b, c, d, low, high;
+    features1 |= bit_OSXSAVE;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & features1) != features1)
+        return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & saved) == saved && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           (b & features7) == features7;
 }
 #endif
 
@@ -50,14 +58,12 @@ static void choose(void)
     const char *limit = getenv("LPSGD_CPU_CAPABILITY");
     const int no_avx2 = limit && strcmp(limit, "default") == 0;
     const int no_avx512 = no_avx2 || (limit && strcmp(limit, "avx2") == 0);
-    __builtin_cpu_init();
-    if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        has_f16c()) {
+    const unsigned avx = bit_AVX | bit_FMA | bit_F16C, ymm = 0x6, zmm = 0xe6; /* of XCR0 */
+    const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+    if (!no_avx2 && cpu_has(avx, bit_AVX2, ymm)) {
         process.capability = "avx2";
         process.kernel = lpsgd_kernel_avx2;
-        if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl")) {
+        if (!no_avx512 && cpu_has(avx, avx512, zmm)) {
             process.capability = "avx512";
             process.kernel = lpsgd_kernel_avx512;
         }

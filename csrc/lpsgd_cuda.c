@@ -12,10 +12,7 @@
 #include "lpsgd_cuda_driver.h"
 #include "lpsgd_internal.h"
 
-#include <dlfcn.h>
-#include <pthread.h>
 #include <stdio.h>
-#include <stdlib.h>
 
 static _Thread_local char error_text[512] = "no error";
 
@@ -67,7 +64,11 @@ lpsgd_status lpsgdm_cuda_step(const lpsgd_buffer *list, int64_t count, lpsgd_dty
     return no_kernels();
 }
 
-#else
+#else /* on Linux */
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdlib.h>
 
 int lpsgd_cuda_version(void)
 {

@@ -24,6 +24,9 @@ raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 
 #include <setjmp.h>
 #include <stdint.h>
 #include <cmocka.h>' | ${CC:-cc} -E - ;;
+    debootstrap) command -v debootstrap && command -v dpkg ;;
+    wine) command -v wine ;;
+    llvm) command -v llvm-nm && command -v llvm-readobj ;;
     qemu-user) command -v qemu-aarch64 && command -v qemu-x86_64 ;;
     cross-*) echo '#include <stdio.h>' | "${1#cross-}-linux-gnu-gcc" -E - ;;
     esac >/dev/null 2>&1
@@ -40,6 +43,9 @@ packages_of() {
     libfuzzer) echo libclang-rt-dev ;;
     pkg-config) echo pkg-config ;;
     cmocka) echo libcmocka-dev ;;
+    debootstrap) echo debootstrap ;;
+    wine) echo wine wine64 ;;
+    llvm) echo llvm ;;
     qemu-user) echo qemu-user ;;
     cross-aarch64) echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross ;;
     cross-*) echo "gcc-${1#cross-}-linux-gnu libc6-dev-${1#cross-}-cross" ;;

@@ -160,6 +160,15 @@ def test_build_without_a_compiler_that_works_names_the_packages_to_install(sourc
     assert "apt install gcc python3-dev" in last
 
 
+def test_build_for_a_free_threaded_python_says_that_there_is_none(source):
+    """The stand-in for such a Python is one that says so of itself."""
+    code = "import runpy, sys, sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1; "
+    code += "sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
+    build = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert build.returncode == 1
+    assert build.stderr.startswith("lpsgd_ext relies on the GIL and has no build for free-threaded")
+
+
 def test_module_exports_its_init_function_alone(source):
     build_module(source)
     (module,) = (source / "python").glob("*.so")

@@ -19,9 +19,9 @@ def git(*arguments):
     return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True).split()
 
 
-@pytest.fixture(scope="module")
-def wheel():
-    (path,) = (ROOT / "dist").glob("*.whl")
+@pytest.fixture(scope="module", params=["x86_64", "aarch64"])
+def wheel(request):
+    (path,) = (ROOT / "dist").glob(f"*_{request.param}.whl")
     return path
 
 
@@ -59,7 +59,8 @@ def symbols(module):
 
 
 def test_names_tell_the_version_and_the_tags(wheel):
-    tags = r"cp310-abi3-manylinux_2_\d+_(x86_64|aarch64)\.whl"
+    machine = "(x86_64|aarch64)"
+    tags = rf"cp310-abi3-manylinux2014_{machine}\.manylinux_2_17_{machine}\.whl"
     assert re.fullmatch(rf"lpsgd-{re.escape(VERSION)}-{tags}", wheel.name)
     assert [path.name for path in wheel.parent.glob("*.tar.gz")] == [f"lpsgd-{VERSION}.tar.gz"]
 
@@ -124,6 +125,11 @@ def test_the_tag_promises_no_older_glibc_than_the_module_needs(wheel, symbols):
         if version and version.startswith("GLIBC_"):
             needed = tuple(map(int, version.removeprefix("GLIBC_").split(".")))[:2]
             assert needed <= promised, (name, version)
+
+
+def test_the_module_is_of_the_machine_that_its_name_says(wheel, module):
+    machine = {"x64": "x86_64", "AArch64": "aarch64"}[module.get_machine_arch()]
+    assert wheel.name.endswith(f"_{machine}.whl")
 
 
 def test_no_path_of_the_machine_is_left(contents):

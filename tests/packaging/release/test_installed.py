@@ -16,7 +16,7 @@ import lpsgd_ext
 
 CLASSES = [lpsgd.LPSGD, lpsgd.LPSGDM]
 # Of the bits that CPU, number of threads, PyTorch and Python must not change.
-CHECKSUM = "4c6edbda3d4b8e75"
+CHECKSUM = "914140db4800ec7e"
 
 
 def values(seed, dtype, shape=(37, 29)):
@@ -53,6 +53,25 @@ def test_openmp_is_pytorchs():
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line}
     assert len(runtimes) == 1
     assert Path(torch.__file__).parents[1] in Path(runtimes.pop()).parents
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no kernels")
+def test_kernels_are_for_drivers_of_cuda_12_and_later():
+    """A driver takes kernels of its own major version and of earlier ones."""
+    assert lpsgd_ext.build_info()["cuda"] == "12.9"
+    assert {"sm_75", "sm_120"} < set(lpsgd_ext.build_info()["cuda_architectures"].split())
+
+
+def test_the_module_reads_tensors_without_the_classes():
+    """By PyTorch's exchange table: dtypes, shapes, strides, offsets and refusals."""
+    whole = torch.zeros(4, 6)
+    for param in (whole[1:3], torch.zeros(5, 3, dtype=torch.float64).t(), torch.zeros(())):
+        grad = torch.ones_like(param)
+        lpsgd_ext.lpsgd_([param], [grad], lr=0.5, p=2.0)
+        assert torch.equal(param, torch.full_like(param, -0.5))
+    assert whole.count_nonzero() == 12
+    with pytest.raises(ValueError, match=r"params\[0\]"):
+        lpsgd_ext.lpsgd_([whole[:, ::2]], [whole[:, ::2]], lr=0.5, p=2.0)
 
 
 @pytest.mark.parametrize("p", [2.0, 3.3, 6.0, math.inf])

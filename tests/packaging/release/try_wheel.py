@@ -2,11 +2,12 @@
 """Tries the wheel in dist: python tests/packaging/release/try_wheel.py PYTHON:TORCH ...
 
 For each pair, as 3.10:2.10.0, makes an environment with that Python and PyTorch, installs the
-wheel, runs test_installed.py and removes the environment again. Says at the end what ran, what did
-not for want of a Python, and fails if anything failed or nothing ran.
+wheel, runs test_installed.py and removes the environment again. Prints a table at the end, and
+fails if anything failed or nothing ran.
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NO_PYTHON = "not run: there is no such Python"
+NO_PYTHON = "no such Python"
 
 
 def find_python(version: str) -> str | None:
@@ -44,20 +45,34 @@ def try_wheel(wheel: Path, version: str, torch: str) -> str:
         }.items():
             if subprocess.run(command, cwd=folder).returncode:
                 return step
-        found = "import sys, torch; print('passed:', sys.version.split()[0], torch.__version__)"
-        return subprocess.check_output([in_venv, "-c", found], text=True).strip()
+        return "passed"
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+def table(results: dict[str, str]) -> str:
+    """A row for each Python, a column for each PyTorch; "-" where a pair was not asked for."""
+    pythons, torches = (
+        sorted(set(versions), key=version_of)
+        for versions in zip(*(pair.split(":") for pair in results), strict=True)
+    )
+    rows = [["Python", *(f"PyTorch {torch}" for torch in torches)], ["---"] * (len(torches) + 1)]
+    for python in pythons:
+        rows.append([python, *(results.get(f"{python}:{torch}", "-") for torch in torches)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> int:
-    (wheel,) = (HERE.parents[2] / "dist").glob("*.whl")
+    (wheel,) = (HERE.parents[2] / "dist").glob(f"*_{platform.machine()}.whl")
     results = {}
     for pair in sys.argv[1:]:
         print(f"== Python {pair.replace(':', ', PyTorch ')}", flush=True)
         results[pair] = try_wheel(wheel, *pair.split(":"))
         print(results[pair], flush=True)
-    print(wheel.name, *(f"{pair}: {result}" for pair, result in results.items()), sep="\n")
-    ran = [result for result in results.values() if result != NO_PYTHON]
-    return not (ran and all(result.startswith("passed") for result in ran))
+    print(wheel.name, table(results), sep="\n\n")
+    return {*results.values()} - {NO_PYTHON} != {"passed"}
 
 
 if __name__ == "__main__":
