@@ -31,7 +31,7 @@ demo: install ## trains LPSGDM beside SGD, SGDM and AdamW and draws what happens
 test: system-packages install ## the tests: 6 minutes; TESTS=tests/optimizer runs those of a folder
 	$(PYTEST) $(TESTS)
 
-test-all: system-packages install ## the full products and longer samples as well: 20 minutes
+test-all: system-packages install ## the full products and longer samples as well: 10 minutes
 	$(PYTEST) -m "" $(TESTS)
 
 mutants: system-packages install ## breaks the code in a hundred ways and says which test sees each: 20 minutes
