@@ -44,7 +44,7 @@ def test_hook_of_released_gradients(benchmark: BenchmarkFixture, dtype: torch.dt
     torch.set_num_threads(1)
     params = [Parameter(torch.ones(64)) for _ in range(1000)]
     release_gradients(LPSGDM(params, momentum_dtype=dtype), accumulate=2**30)
-    (hook,) = params[500]._post_accumulate_grad_hooks.values()  # type: ignore[attr-defined]
+    (hook,) = params[500]._post_accumulate_grad_hooks.values()
     grad = torch.ones(64)
 
     def backward() -> None:

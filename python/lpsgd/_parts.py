@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Steps that are made parameter by parameter: in backward, or by the hand of a trainer."""
 
+import gc
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class Parts:
         self.released = False
         self._has_momentum = "momentum" in optimizer._HYPER
         self._hooks: list[RemovableHandle] = []
+        self._engines: list[Any] | None = None  # that reduce gradients; None: not looked for yet
+        self._waits = False  # for the end of a backward, with its reductions
 
     @property
     def optimizer(self) -> "LPOptimizer":
@@ -59,6 +62,14 @@ class Parts:
 
     def take_and_free(self, i: int, j: int, param: Tensor) -> None:
         """The hook of a parameter, whose gradient is complete."""
+        if self._engines is None:
+            self._engines = _engines_of(self.optimizer)
+        if self._engines:
+            self._wait_for_engines()
+        else:
+            self._take_and_free(i, j, param)
+
+    def _take_and_free(self, i: int, j: int, param: Tensor) -> None:
         if self.taken.get((i, j), 0) == self.accumulate:
             param.grad = None
             raise RuntimeError(
@@ -67,6 +78,26 @@ class Parts:
             )
         self.take(param, i, j)
         param.grad = None
+
+    def _wait_for_engines(self) -> None:
+        """DDP reduces gradients after the hooks of their parameters, and puts them in their places
+        in a callback at the end of backward, in front of those that callbacks ask for."""
+        if not all(engine.require_backward_grad_sync for engine in self._engines or ()):
+            raise RuntimeError(
+                "no_sync() cannot be used with released gradients, which every process would take "
+                "for itself: let each backward reduce them"
+            )
+        if not self._waits:
+            self._waits = True
+            queue = torch.autograd.Variable._execution_engine.queue_callback
+            queue(partial(queue, self._take_and_free_all))
+
+    def _take_and_free_all(self) -> None:
+        self._waits = False
+        for i, group in enumerate(self.optimizer.param_groups):
+            for j, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    self._take_and_free(i, j, param)
 
     def step_by_hand(self, param: Tensor, i: int, j: int) -> None:
         if self.released:
@@ -114,6 +145,7 @@ class Parts:
             if rounds_at_random(group):
                 group["rounding_step"] = group.get("rounding_step", 0) + self.accumulate
         self.taken.clear()
+        self._waits = False
 
     # Hooks.
 
@@ -133,3 +165,13 @@ class Parts:
             hook.remove()
         self._hooks.clear()
         self.released = False
+
+
+def _engines_of(optimizer: "LPOptimizer") -> list[Any]:
+    """The DistributedDataParallel around parameters of the optimizer. They do not know of it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    cls = torch.nn.parallel.DistributedDataParallel
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    engines = [one for one in gc.get_objects() if issubclass(type(one), cls)]
+    return [one for one in engines if not params.isdisjoint(map(id, one.parameters()))]

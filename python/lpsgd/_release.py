@@ -90,11 +90,22 @@ def release_gradients(
         )
     if optimizer._parts is not None and optimizer._parts.released:
         raise RuntimeError("this optimizer's gradients are released already")
+    listed: set[int] = set()
     for i, group in enumerate(optimizer.param_groups):
         for name in ("differentiable", "capturable"):
             if group[name]:
                 raise RuntimeError(f"gradients cannot be released with {name}=True (group {i})")
         for param in group["params"]:
+            if id(param) in listed:
+                raise RuntimeError(
+                    f"a parameter of group {i} is listed twice, but has one gradient"
+                )
+            listed.add(id(param))
+            if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+                raise RuntimeError(
+                    "gradients cannot be released with FullyShardedDataParallel, which reduces "
+                    "them later: use fully_shard"
+                )
             if getattr(param, "_post_accumulate_grad_hooks", None):
                 raise RuntimeError(
                     f"a parameter of group {i} has a post-accumulate-grad hook already, which may "

@@ -514,6 +514,14 @@ def test_other_hooks_and_gradients_are_refused_at_once():
         release_gradients(optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_listed_twice_is_refused_at_once():
+    param = Parameter(torch.ones(2))
+    with pytest.raises(RuntimeError, match="listed twice"):
+        release_gradients(LPSGDM([param, param]))
+    assert not param._post_accumulate_grad_hooks
+
+
 def test_closures_are_refused():
     model = network()
     optimizer = LPSGDM(model.parameters())
