@@ -20,6 +20,15 @@
  * whose |m| + eps is zero has u = 0. NaN stays NaN, and infinities follow IEEE arithmetic. Where
  * u = 0 without decay, and everywhere for lr = 0, x keeps its bits, -0.0 included; m moves at lr = 0.
  *
+ * Accumulation. m is linear in g, so the gradients of K micro-batches can be summed in it, with no buffer
+ * of their own: accumulate = K, `continues` for all but a step's first one, and momentum_only for all but
+ * its last one:
+ *
+ *     m = (momentum, or 1 if it continues) * m + ((1 - momentum) / accumulate) * g
+ *
+ * and u and x follow unless momentum_only. That is eq 23 with the mean of the K gradients; with
+ * accumulate = 1 it would be their sum.
+ *
  * Low precision. The momentum_buffer may have a dtype of its own:
  *
  *     param       momentum_buffer
@@ -83,6 +92,7 @@ typedef enum lpsgd_status {
     LPSGD_ERROR_PIVOT,
     LPSGD_ERROR_GRAD_SCALE,
     LPSGD_ERROR_MOMENTUM_EXPONENT,
+    LPSGD_ERROR_ACCUMULATE,
     LPSGD_ERROR_DTYPE,
     LPSGD_ERROR_NUMEL,
     LPSGD_ERROR_NULL,
@@ -107,6 +117,10 @@ typedef struct lpsgd_hyper {
     int momentum_exponent;      /* nor this: float8_e5m2 holds m * 2^this; -126 to 126 */
     int stochastic_rounding;    /* otherwise than 0: bfloat16 results are rounded stochastically */
     uint64_t seed, step;        /* of the random bits: should differ between runs and between steps */
+    /* Accumulation; lpsgd_step reads none of these. All 0: an ordinary step. */
+    int accumulate;    /* micro-batches of a step, >= 0; 0 counts as 1 */
+    int continues;     /* otherwise than 0: m has taken a micro-batch of this step, and does not decay */
+    int momentum_only; /* otherwise than 0: x stays */
 } lpsgd_hyper;
 
 /* The first of the ranges above that hyper is outside of, momentum's included; LPSGD_OK if none. Which

@@ -31,7 +31,7 @@ enum {
 
 /* The step's scalars in vectors. */
 typedef struct vscalars {
-    vfloat momentum, one_minus_momentum, grad_factor, decay, step_size, eps, series[5];
+    vfloat momentum_weight, grad_weight, grad_factor, decay, step_size, eps, series[5];
     vfloat momentum_scale, momentum_unscale;
     table8 fine, reciprocal, root;
     table32 coarse;
@@ -57,8 +57,8 @@ LPSGD_VECTOR vscalars vscalars_of(const lpsgd_scalars *k)
 {
     const lpsgd_tables *tables = &k->tables;
     vscalars s = {
-        .momentum = splat(k->momentum),
-        .one_minus_momentum = splat(k->one_minus_momentum),
+        .momentum_weight = splat(k->momentum_weight),
+        .grad_weight = splat(k->grad_weight),
         .grad_factor = splat(k->grad_factor),
         .decay = splat(k->decay),
         .step_size = splat(k->step_size),
@@ -290,7 +290,7 @@ LPSGD_VECTOR int step_batch(place at, const form f, lpsgd_rule rule, noise *bits
     for (int i = 0; i < 2; i++) {
         x.part[i] *= s->grad_factor;
         if (f.has_momentum)
-            x.part[i] = fma_each(s->one_minus_momentum, x.part[i], s->momentum * m.part[i]);
+            x.part[i] = fma_each(s->grad_weight, x.part[i], s->momentum_weight * m.part[i]);
         y[i] = (vfloat)((vint)x.part[i] & 0x7fffffff) + s->eps;
         if (rule == LPSGD_RULE_POWER && !careful &&
             __builtin_expect(any_unserved(y[i], &s->coarse), 0))

@@ -32,7 +32,7 @@ typedef enum lpsgd_rule {
     LPSGD_RULE_SGD,
     LPSGD_RULE_SIGN,
     LPSGD_RULE_POWER,
-    LPSGD_RULE_REST /* lr = 0: param is not written, so that even a NaN keeps its bits */
+    LPSGD_RULE_REST /* lr = 0, or momentum only: param is not written, so that even a NaN keeps its bits */
 } lpsgd_rule;
 
 /* y^-rho for y = 2^e * m, 1 <= m < 2 (lpsgd_power). The upper five bits of e + 127 choose from `coarse`,
@@ -48,8 +48,8 @@ typedef struct lpsgd_tables {
 /* The hyper-parameters of one step, folded once in double by lpsgd_fold_values. */
 typedef struct lpsgd_scalars {
     lpsgd_rule rule;
-    float momentum;
-    float one_minus_momentum;
+    float momentum_weight;
+    float grad_weight;
     float grad_factor; /* 1 / grad_scale; its sign carries `maximize` */
     float decay;       /* 1 - lr * weight_decay */
     float step_size;   /* -lr * pivot^(-1 / (p - 1)) <= 0 */
@@ -57,7 +57,7 @@ typedef struct lpsgd_scalars {
     lpsgd_tables tables;
     float series[5]; /* (1 + r)^-rho = 1 + r (series[0] + r (series[1] + ...)), |r| < 1/16 */
     /* The same in double, for float64. */
-    double momentum64, one_minus_momentum64, grad_factor64, decay64, step_size64, eps64, rho64;
+    double momentum_weight64, grad_weight64, grad_factor64, decay64, step_size64, eps64, rho64;
     lpsgd_dtype momentum_dtype;
     float momentum_scale, momentum_unscale; /* of float8_e5m2: 2^momentum_exponent and its inverse */
     int stochastic_rounding;
@@ -174,20 +174,20 @@ LPSGD_INLINE void lpsgd_fold_values(const lpsgd_hyper *hyper, lpsgd_scalars *k)
     const double unit = hyper->pivot == 1.0 ? 1.0 : pow(hyper->pivot, -1.0 / (hyper->p - 1.0));
     const float inverse_scale = (float)(1.0 / hyper->grad_scale);
     const int decays = hyper->weight_decay != 0.0 && hyper->lr != 0.0; /* 0 * INFINITY is NaN */
-    k->momentum64 = hyper->momentum;
-    k->one_minus_momentum64 = 1.0 - hyper->momentum;
+    k->momentum_weight64 = hyper->continues ? 1.0 : hyper->momentum;
+    k->grad_weight64 = (1.0 - hyper->momentum) / (hyper->accumulate ? hyper->accumulate : 1);
     k->grad_factor64 = hyper->maximize ? -inverse_scale : inverse_scale;
     k->decay64 = decays ? 1.0 - hyper->lr * hyper->weight_decay : 1.0;
     k->step_size64 = -hyper->lr * unit;
     k->eps64 = hyper->eps;
     k->rho64 = rho;
 
-    k->rule = hyper->lr == 0.0 ? LPSGD_RULE_REST
-              : rho == 0.0     ? LPSGD_RULE_SGD
-              : rho == 1.0     ? LPSGD_RULE_SIGN
-                               : LPSGD_RULE_POWER;
-    k->momentum = (float)k->momentum64;
-    k->one_minus_momentum = (float)k->one_minus_momentum64;
+    k->rule = hyper->lr == 0.0 || hyper->momentum_only ? LPSGD_RULE_REST
+              : rho == 0.0                             ? LPSGD_RULE_SGD
+              : rho == 1.0                             ? LPSGD_RULE_SIGN
+                                                       : LPSGD_RULE_POWER;
+    k->momentum_weight = (float)k->momentum_weight64;
+    k->grad_weight = (float)k->grad_weight64;
     k->grad_factor = (float)k->grad_factor64;
     k->decay = (float)k->decay64;
     k->step_size = (float)k->step_size64;
@@ -210,7 +210,7 @@ LPSGD_INLINE float lpsgd_grad(float grad, const lpsgd_scalars *k)
 /* Eq 23. */
 LPSGD_INLINE float lpsgd_momentum(float m, float g, const lpsgd_scalars *k)
 {
-    return LPSGD_FMAF(k->one_minus_momentum, g, k->momentum * m);
+    return LPSGD_FMAF(k->grad_weight, g, k->momentum_weight * m);
 }
 
 /* Eq 22 and 25. A zero u is never -0, so that step_size * u is -0 and adds nothing even to -0. */
@@ -309,7 +309,7 @@ LPSGD_INLINE double lpsgd_grad64(double grad, const lpsgd_scalars *k)
 
 LPSGD_INLINE double lpsgd_momentum64(double m, double g, const lpsgd_scalars *k)
 {
-    return LPSGD_FMA(k->one_minus_momentum64, g, k->momentum64 * m);
+    return LPSGD_FMA(k->grad_weight64, g, k->momentum_weight64 * m);
 }
 
 LPSGD_INLINE double lpsgd_apply64(double param, double u, const lpsgd_scalars *k)

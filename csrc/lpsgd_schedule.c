@@ -61,6 +61,8 @@ lpsgd_status lpsgd_check_hyper(const lpsgd_hyper *hyper)
         return LPSGD_ERROR_GRAD_SCALE;
     if (hyper->momentum_exponent < -126 || hyper->momentum_exponent > 126)
         return LPSGD_ERROR_MOMENTUM_EXPONENT;
+    if (hyper->accumulate < 0)
+        return LPSGD_ERROR_ACCUMULATE;
     return LPSGD_OK;
 }
 
@@ -69,7 +71,8 @@ lpsgd_status lpsgd_fold(const lpsgd_hyper *hyper, int has_momentum, lpsgd_scalar
     lpsgd_hyper checked = *hyper;
     if (!has_momentum) {
         checked.momentum = 0.0;
-        checked.momentum_exponent = 0;
+        checked.momentum_exponent = checked.accumulate = 0;
+        checked.continues = checked.momentum_only = 0;
     }
     const lpsgd_status status = lpsgd_check_hyper(&checked);
     if (status == LPSGD_OK)
@@ -98,6 +101,8 @@ const char *lpsgd_status_text(lpsgd_status status)
         return "grad_scale must be > 0 and finite";
     case LPSGD_ERROR_MOMENTUM_EXPONENT:
         return "momentum_exponent must be in [-126, 126]";
+    case LPSGD_ERROR_ACCUMULATE:
+        return "accumulate must be >= 0";
     case LPSGD_ERROR_DTYPE:
         return "dtype must be one of lpsgd_dtype, and momentum_dtype one that goes with it";
     case LPSGD_ERROR_NUMEL:

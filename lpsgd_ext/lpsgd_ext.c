@@ -196,10 +196,10 @@ static lpsgd_status step_groups(const buffer_groups *groups, const lpsgd_cuda_ta
     return status;
 }
 
-/* A step with numbers that have been checked: validate everything else, then mutate, or don't.
- * Returns 0, or -1 with an exception. */
-static int step(module_state *own, const tensor_lists *lists, const lpsgd_cuda_target *numbers,
-                int capturable, int mutate)
+/* A step with numbers that have been checked: validate everything else, with what `calls` remember, then
+ * mutate, or don't. Returns 0, or -1 with an exception. */
+static int step(module_state *own, remembered *calls, const tensor_lists *lists,
+                const lpsgd_cuda_target *numbers, int capturable, int mutate)
 {
     const torch_api *torch = &own->torch;
     buffer_groups groups = {.count = 0};
@@ -207,7 +207,7 @@ static int step(module_state *own, const tensor_lists *lists, const lpsgd_cuda_t
     lpsgd_status status;
     int threads = 0, result = -1;
 
-    if (tensor_lists_read(torch, &own->calls, lists, &groups) ||
+    if (tensor_lists_read(torch, calls, lists, &groups) ||
         prepare_cuda(torch, lists, &groups, targets, numbers, capturable))
         goto done;
     if (!mutate) {
@@ -275,7 +275,8 @@ PyDoc_STRVAR(lpsgdm_doc,
 "lpsgdm_(params, grads, momentum_buffers, *, lr, p, momentum=0.9, weight_decay=0.0, eps=1e-08, "
 "pivot=1.0, maximize=False,\n"
 "        momentum_dtype=None, momentum_exponent=15, stochastic_rounding=None, grad_scale=None,\n"
-"        found_inf=None, seed=None, step=0, streams=None, offsets=None, scratch=None, dry_run=False)\n"
+"        found_inf=None, seed=None, step=0, streams=None, offsets=None, scratch=None, dry_run=False,\n"
+"        accumulate=1, continues=False, momentum_only=False)\n"
 "--\n"
 "\n"
 "One LPSGDM step in place (arXiv:2606.02078, eq 23 to 25), for every element::\n"
@@ -295,6 +296,11 @@ PyDoc_STRVAR(lpsgdm_doc,
 "        to 126.\n"
 "    stochastic_rounding: whether bfloat16, of parameters and of momentum buffers, is rounded at\n"
 "        random; None: if there is a seed. float8_e5m2 always is, and needs a seed.\n"
+"    accumulate: how many micro-batches there are in a step, >= 1: (1 - momentum) is divided by it.\n"
+"    continues: the momentum buffers have taken a micro-batch of this step: 1 stands for momentum.\n"
+"    momentum_only: leave the parameters as they are, since the step goes on.\n"
+"        So the momentum sums micro-batches: all but the first continue, and all but the last are\n"
+"        momentum_only.\n"
 "\n"
 "The other arguments, the errors and what it says of threads are those of `lpsgd_`.");
 
@@ -365,7 +371,7 @@ typedef struct arguments {
     PyObject *lr, *p, *momentum, *weight_decay, *eps, *pivot;
     PyObject *grad_scale, *found_inf, *seed, *step, *streams, *offsets, *scratch;
     PyObject *momentum_dtype, *momentum_exponent, *stochastic_rounding;
-    int maximize, dry_run;
+    int maximize, dry_run, accumulate, continues, momentum_only;
 } arguments;
 
 static int parse(const char *function, PyObject *args, PyObject *kwargs, int has_momentum,
@@ -380,15 +386,17 @@ static int parse(const char *function, PyObject *args, PyObject *kwargs, int has
                                    "maximize",   "grad_scale", "found_inf",      "seed",
                                    "step",       "streams",  "offsets",          "scratch",
                                    "dry_run",    "momentum", "momentum_dtype",   "momentum_exponent",
-                                   "stochastic_rounding", NULL};
+                                   "stochastic_rounding", "accumulate", "continues",
+                                   "momentum_only", NULL};
     const int parsed =
         has_momentum
             ? PyArg_ParseTupleAndKeywords(
-                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOOOO:lpsgdm_", lpsgdm_names, &a->sequence[0],
+                  args, kwargs, "OOO|$OOOOOpOOOOOOOpOOOOipp:lpsgdm_", lpsgdm_names, &a->sequence[0],
                   &a->sequence[1], &a->sequence[2], &a->lr, &a->p, &a->weight_decay, &a->eps,
                   &a->pivot, &a->maximize, &a->grad_scale, &a->found_inf, &a->seed, &a->step,
                   &a->streams, &a->offsets, &a->scratch, &a->dry_run, &a->momentum,
-                  &a->momentum_dtype, &a->momentum_exponent, &a->stochastic_rounding)
+                  &a->momentum_dtype, &a->momentum_exponent, &a->stochastic_rounding,
+                  &a->accumulate, &a->continues, &a->momentum_only)
             : PyArg_ParseTupleAndKeywords(
                   args, kwargs, "OO|$OOOOOpOOOOOOOp:lpsgd_", lpsgd_names, &a->sequence[0],
                   &a->sequence[1], &a->lr, &a->p, &a->weight_decay, &a->eps, &a->pivot,
@@ -417,6 +425,13 @@ static int read_hyper(const torch_api *torch, const char *function, const argume
                       lpsgd_hyper *hyper, lpsgd_cuda_target *numbers, double *found_inf)
 {
     hyper->maximize = a->maximize;
+    if (a->accumulate < 1) { /* which csrc would take for 1 */
+        PyErr_Format(PyExc_ValueError, "Invalid accumulate: %d", a->accumulate);
+        return -1;
+    }
+    hyper->accumulate = a->accumulate;
+    hyper->continues = a->continues;
+    hyper->momentum_only = a->momentum_only;
     hyper->p = 2.0; /* where the GPU has the number */
     const struct {
         const char *name;
@@ -498,7 +513,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
     module_state *own = state_of(module);
     const torch_api *torch = &own->torch;
     tensor_lists lists = lists_of(function, has_momentum);
-    arguments a = {.lr = NULL};
+    arguments a = {.accumulate = 1};
     param_section all = {.hyper = {.momentum = has_momentum ? 0.9 : 0.0,
                                    .eps = 1e-8,
                                    .pivot = 1.0,
@@ -537,7 +552,7 @@ static PyObject *parse_and_step(PyObject *module, PyObject *args, PyObject *kwar
         lists.indices = offsets;
         lists.sections = &all;
         lists.section_count = 1;
-        result = step(own, &lists, &numbers, 1, !a.dry_run && found_inf == 0.0);
+        result = step(own, &own->calls, &lists, &numbers, 1, !a.dry_run && found_inf == 0.0);
     }
     tensor_lists_release(&lists);
     PyMem_Free(streams);
@@ -553,6 +568,22 @@ static PyObject *lpsgd(PyObject *module, PyObject *args, PyObject *kwargs)
 static PyObject *lpsgdm(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     return parse_and_step(module, args, kwargs, 1);
+}
+
+/* True where `done` is 1. Exceptions are False, as the steps of optimizers find their words elsewhere,
+ * but for those that nobody would look for. */
+static PyObject *answer_of(const module_state *own, int done)
+{
+    if (done < 0) {
+        const int unusual = PyErr_ExceptionMatches(PyExc_TypeError) ||
+                            PyErr_ExceptionMatches(PyExc_ValueError) ||
+                            PyErr_ExceptionMatches(PyExc_RuntimeError) ||
+                            PyErr_ExceptionMatches(PyExc_OverflowError);
+        if (!unusual || PyErr_ExceptionMatches(own->cuda_error))
+            return NULL;
+        PyErr_Clear();
+    }
+    return PyBool_FromLong(done == 1);
 }
 
 PyDoc_STRVAR(step_param_groups_doc,
@@ -589,20 +620,62 @@ static PyObject *step_param_groups(PyObject *module, PyObject *args)
     for (int i = 0; i < gathered.lists.section_count && done == 1; i++)
         done = check_hyper(&gathered.sections[i].hyper) ? -1 : 1;
     if (done == 1)
-        done = step(own, &gathered.lists, &no_numbers, 0, 1) ? -1 : 1;
+        done = step(own, &own->calls, &gathered.lists, &no_numbers, 0, 1) ? -1 : 1;
     if (done == 1)
         done = gathered_step_count(&own->names, &gathered) ? -1 : 1;
     gathered_step_release(&gathered);
-    if (done < 0) {
-        const int unusual = PyErr_ExceptionMatches(PyExc_TypeError) ||
-                            PyErr_ExceptionMatches(PyExc_ValueError) ||
-                            PyErr_ExceptionMatches(PyExc_RuntimeError) ||
-                            PyErr_ExceptionMatches(PyExc_OverflowError);
-        if (!unusual || PyErr_ExceptionMatches(own->cuda_error))
-            return NULL;
-        PyErr_Clear();
+    return answer_of(own, done);
+}
+
+PyDoc_STRVAR(step_param_doc,
+"step_param(param, group, state, observed, number, accumulate=1, taken=0, momentum_only=False)\n"
+"--\n"
+"\n"
+"What `step_param_groups` does, for one parameter, which is to have a gradient.\n"
+"\n"
+"Args:\n"
+"    param: the parameter; it need not be in the group.\n"
+"    group: dict with the keys of LPSGD or LPSGDM.\n"
+"    state, observed: as for `step_param_groups`.\n"
+"    number: the parameter's among those of all groups, as `streams` of `lpsgd_`.\n"
+"    accumulate, momentum_only: as for `lpsgdm_`.\n"
+"    taken: how many micro-batches of this step the momentum has taken, >= 0. The step goes on with them\n"
+"        and is rounded as the one that comes so many later. `rounding_step` is not counted.\n"
+"\n"
+"Returns and raises what `step_param_groups` does.");
+
+static PyObject *step_param(PyObject *module, PyObject *args)
+{
+    PyObject *param, *group, *state;
+    int observed, accumulate = 1, taken = 0, momentum_only = 0;
+    Py_ssize_t number;
+    if (!PyArg_ParseTuple(args, "OO!Opn|iip:step_param", &param, &PyDict_Type, &group, &state,
+                          &observed, &number, &accumulate, &taken, &momentum_only))
+        return NULL;
+    const int has_momentum = state != Py_None;
+    if (has_momentum && !PyDict_Check(state)) {
+        PyErr_SetString(PyExc_TypeError, "step_param(): argument 'state' must be dict");
+        return NULL;
     }
-    return PyBool_FromLong(done == 1);
+    module_state *own = state_of(module);
+    const lpsgd_cuda_target no_numbers = {.scratch = NULL};
+    gathered_step gathered = {.lists = lists_of("step_param", has_momentum)};
+    int done = accumulate < 1 || taken < 0 || (!has_momentum && (accumulate != 1 || taken || momentum_only))
+                   ? 0
+                   : param_gather(&own->torch, &own->names, param, group,
+                                  has_momentum ? state : NULL, observed, number, &gathered);
+    if (done == 1) {
+        lpsgd_hyper *hyper = &gathered.sections[0].hyper;
+        hyper->accumulate = accumulate;
+        hyper->continues = taken > 0;
+        hyper->momentum_only = momentum_only;
+        hyper->step += (uint64_t)taken;
+        done = check_hyper(hyper) ? -1 : 1;
+    }
+    if (done == 1) /* so many other parameters are stepped in between that nothing would be remembered */
+        done = step(own, NULL, &gathered.lists, &no_numbers, 0, 1) ? -1 : 1;
+    gathered_step_release(&gathered);
+    return answer_of(own, done);
 }
 
 PyDoc_STRVAR(rho_doc,
@@ -735,6 +808,7 @@ static PyMethodDef methods[] = {
     {"lpsgd_", (PyCFunction)(void (*)(void))lpsgd, METH_VARARGS | METH_KEYWORDS, lpsgd_doc},
     {"lpsgdm_", (PyCFunction)(void (*)(void))lpsgdm, METH_VARARGS | METH_KEYWORDS, lpsgdm_doc},
     {"step_param_groups", step_param_groups, METH_VARARGS, step_param_groups_doc},
+    {"step_param", step_param, METH_VARARGS, step_param_doc},
     {"rho", rho, METH_O, rho_doc},
     {"cuda_refusal", cuda_refusal, METH_O, cuda_refusal_doc},
     {"cuda_scratch_size", cuda_scratch_size, METH_NOARGS, cuda_scratch_size_doc},

@@ -211,24 +211,27 @@ static int gather_param(gathering *g, PyObject *param)
     return answer;
 }
 
-static int gather_group(gathering *g, PyObject *group, int observed, Py_ssize_t i)
+/* The parameters are those of the group, or only `one`. */
+static int gather_group(gathering *g, PyObject *group, int observed, Py_ssize_t i, PyObject *one)
 {
     param_section *section = &g->to->sections[i];
     lpsgd_hyper *hyper = &section->hyper;
     const Py_ssize_t first = g->found;
-    PyObject *params = get(group, g->names->params);
-    if (!params || !PyList_Check(params))
+    PyObject *params = one ? NULL : get(group, g->names->params);
+    if (!one && (!params || !PyList_Check(params)))
         return params ? 0 : -1;
     int answer = read_options(g->names, group, observed);
     if (answer == 1)
         answer = read_hyper(g->torch, g->names, group, g->state != NULL, section);
-    Py_INCREF(params);
-    for (Py_ssize_t j = 0; j < PyList_Size(params) && answer == 1; j++) {
+    if (answer == 1 && one)
+        answer = gather_param(g, one);
+    Py_XINCREF(params);
+    for (Py_ssize_t j = 0; params && j < PyList_Size(params) && answer == 1; j++) {
         PyObject *param = Py_NewRef(PyList_GetItem(params, j));
         answer = g->seen < g->room ? gather_param(g, param) : 0;
         Py_DECREF(param);
     }
-    Py_DECREF(params);
+    Py_XDECREF(params);
     section->end = g->found;
     const int at_random = hyper->stochastic_rounding || hyper->momentum_dtype == LPSGD_FLOAT8_E5M2;
     if (answer == 1 && at_random && g->found > first)
@@ -275,14 +278,10 @@ static int may_be_idle(const gathered_step *to, Py_ssize_t count)
     return counted;
 }
 
-int param_groups_gather(const torch_api *torch, const attribute_names *names,
-                        PyObject *param_groups, PyObject *state, int observed, gathered_step *to)
+/* Memory for so many groups and parameters. Returns 1, or -1 with an exception. */
+static int make_room(gathered_step *to, Py_ssize_t count, Py_ssize_t room)
 {
-    const Py_ssize_t count = PyList_Size(param_groups), room = count_params(names, param_groups);
-    gathering g = {torch, names, state, to, room, 0, 0, 0};
     tensor_lists *lists = &to->lists;
-    if (room < 0)
-        return PyErr_Occurred() ? -1 : 0;
     to->sections = PyMem_Calloc((size_t)count + 1, sizeof *to->sections + sizeof *to->counts);
     to->streams = PyMem_Calloc((size_t)room + 1, sizeof *to->streams);
     if (!to->sections || !to->streams) {
@@ -298,15 +297,36 @@ int param_groups_gather(const torch_api *torch, const attribute_names *names,
         if (!lists->tuple[j])
             return -1;
     }
-    int answer = 1;
+    return 1;
+}
+
+int param_groups_gather(const torch_api *torch, const attribute_names *names,
+                        PyObject *param_groups, PyObject *state, int observed, gathered_step *to)
+{
+    const Py_ssize_t count = PyList_Size(param_groups), room = count_params(names, param_groups);
+    gathering g = {torch, names, state, to, room, 0, 0, 0};
+    if (room < 0)
+        return PyErr_Occurred() ? -1 : 0;
+    int answer = make_room(to, count, room);
     for (Py_ssize_t i = 0; i < count && answer == 1; i++) {
         PyObject *group = Py_XNewRef(PyList_GetItem(param_groups, i));
-        answer = group ? gather_group(&g, group, observed, i) : -1;
+        answer = group ? gather_group(&g, group, observed, i, NULL) : -1;
         Py_XDECREF(group);
     }
     if (answer == 1 && may_be_idle(to, count))
         return 0;
-    return answer == 1 && g.found < room ? cut(lists, g.found) : answer;
+    return answer == 1 && g.found < room ? cut(&to->lists, g.found) : answer;
+}
+
+int param_gather(const torch_api *torch, const attribute_names *names, PyObject *param,
+                 PyObject *group, PyObject *state, int observed, Py_ssize_t number,
+                 gathered_step *to)
+{
+    gathering g = {torch, names, state, to, 1, number, 0, 0};
+    int answer = make_room(to, 1, 1);
+    if (answer == 1)
+        answer = gather_group(&g, group, observed, 0, param);
+    return answer == 1 ? g.found == 1 : answer;
 }
 
 int gathered_step_count(const attribute_names *names, const gathered_step *step)

@@ -53,6 +53,12 @@ typedef struct gathered_step {
 int param_groups_gather(const torch_api *torch, const attribute_names *names,
                         PyObject *param_groups, PyObject *state, int observed, gathered_step *to);
 
+/* The same for one parameter of the group, whose number among those of all groups this is. Its step is
+ * not counted. */
+int param_gather(const torch_api *torch, const attribute_names *names, PyObject *param,
+                 PyObject *group, PyObject *state, int observed, Py_ssize_t number,
+                 gathered_step *to);
+
 /* Counts the step, once it is made. Returns 0, or -1 with an exception. */
 int gathered_step_count(const attribute_names *names, const gathered_step *step);
 

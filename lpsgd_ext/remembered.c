@@ -17,7 +17,7 @@ static void forget(checked_lists *checked)
 
 checked_lists *remembered_take(remembered *calls, const PyObject *first, Py_ssize_t n, int count)
 {
-    for (int i = 0; i < RECENT_COUNT; i++) {
+    for (int i = 0; calls && i < RECENT_COUNT; i++) {
         checked_lists *checked = calls->recent[i];
         if (checked && checked->first == first && checked->n == n && checked->count == count) {
             calls->recent[i] = NULL;
@@ -42,6 +42,10 @@ checked_lists *remembered_take(remembered *calls, const PyObject *first, Py_ssiz
 void remembered_put_back(remembered *calls, checked_lists *checked)
 {
     int i = 0;
+    if (!calls) {
+        forget(checked);
+        return;
+    }
     while (i < RECENT_COUNT - 1 && calls->recent[i])
         i++;
     forget(calls->recent[i]);

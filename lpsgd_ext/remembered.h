@@ -44,11 +44,12 @@ typedef struct remembered {
 } remembered;
 
 /* Takes what is known of these lists out of `calls`, so that no other thread, which may run while a
- * check calls Python, uses it meanwhile; or starts from nothing. The caller owns it until it is put
- * back. NULL, without an exception: no memory. */
+ * check calls Python, uses it meanwhile; or starts from nothing, as it always does if that is NULL. The
+ * caller owns it until it is put back. NULL, without an exception: no memory. */
 checked_lists *remembered_take(remembered *calls, const PyObject *first, Py_ssize_t n, int count);
 
-/* Takes it over. The one that has waited longest is forgotten if there is no room. */
+/* Takes it over, or forgets it if `calls` is NULL. The one that has waited longest is forgotten if there
+ * is no room. */
 void remembered_put_back(remembered *calls, checked_lists *checked);
 
 /* Frees all. */

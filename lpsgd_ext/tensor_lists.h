@@ -61,7 +61,7 @@ typedef struct buffer_groups {
 } buffer_groups;
 
 /* Checks everything there is to check about the tensors and fills `groups`, with the help of what the
- * calls before found. Writes to no tensor. Returns 0, or -1 with an exception that names the argument
+ * calls before found, if that is not NULL. Writes to no tensor. Returns 0, or -1 with an exception that names the argument
  * and the index; either way the caller frees groups->memory. */
 int tensor_lists_read(const torch_api *torch, remembered *calls, const tensor_lists *lists,
                       buffer_groups *groups);

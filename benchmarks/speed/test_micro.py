@@ -8,6 +8,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch.nn import Parameter
 
 from benchmarks.speed.step import ALL, shapes_of
+from lpsgd import LPSGDM, release_gradients
 
 FLOAT32 = ("LPSGD p=4", "LPSGDM p=2", "LPSGDM p=4", "LPSGDM p=inf", "C checks of lists")
 CASES = [
@@ -35,3 +36,22 @@ def test_step(benchmark: BenchmarkFixture, name: str, dtype: str, list_: str, th
     step = ALL[name](params).step
     step()
     benchmark(step)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float8_e5m2])
+def test_hook_of_released_gradients(benchmark: BenchmarkFixture, dtype: torch.dtype | None) -> None:
+    """For one of a thousand parameters of 64 elements; the gradient is given it within the time."""
+    torch.set_num_threads(1)
+    params = [Parameter(torch.ones(64)) for _ in range(1000)]
+    optimizer = LPSGDM(params, momentum_dtype=dtype)  # hooks do not keep it alive
+    release_gradients(optimizer, accumulate=2**30)
+    (hook,) = params[500]._post_accumulate_grad_hooks.values()
+    grad = torch.ones(64)
+
+    def backward() -> None:
+        params[500].grad = grad
+        hook(params[500])
+
+    backward()
+    optimizer.step()  # from here on nothing is unusual: the group has a rounding_step
+    benchmark(backward)

@@ -7,6 +7,7 @@ import lpsgd_ext
 
 from ._optimizer import LPSGD, LPSGDM
 from ._pivot import suggest_pivot
+from ._release import ReleasedGradients, release_gradients
 from ._report import MomentumReport, momentum_report
 from ._schedule import CosineAnnealingP, LambdaP
 
@@ -18,8 +19,10 @@ __all__ = [
     "CosineAnnealingP",
     "LambdaP",
     "MomentumReport",
+    "ReleasedGradients",
     "__version__",
     "momentum_report",
+    "release_gradients",
     "suggest_pivot",
 ]
 

@@ -20,6 +20,7 @@ import lpsgd_ext
 
 from ._checkpoints import as_integers, buffers_of, fit_buffers, from_integers, translate
 from ._compiled import register, running, traced_step
+from ._parts import Parts
 from ._schedule import attach, schedule_of
 from ._unusual import (
     Fresh,
@@ -44,6 +45,7 @@ class LPOptimizer(Optimizer):
 
     _HYPER: ClassVar[tuple[str, ...]]  # the keys of a group that a step takes
     _SGD: ClassVar[dict[str, Any]]  # what torch.optim.SGD needs in a checkpoint besides
+    _parts: Parts | None = None  # of the running step, where it is made parameter by parameter
 
     def _gather(self, group: dict[str, Any], known: States, fresh: Fresh) -> Lists:
         """The parameters that have a gradient, their gradients and what the state holds.
@@ -86,6 +88,8 @@ class LPOptimizer(Optimizer):
             check_values({**self.defaults, **param_group})
             _store_dtype_by_name(param_group)
         super().add_param_group(param_group)
+        if self._parts is not None:
+            self._parts.attach(len(self.param_groups) - 1)
 
     # Copies and checkpoints.
 
@@ -109,6 +113,8 @@ class LPOptimizer(Optimizer):
         else:
             state["state"] = from_integers(state["state"], state["param_groups"])
         super().__setstate__(state)
+        if self._parts is not None:
+            self._parts.taken.clear()
         self._number = register(self)
         if schedule is not None:
             attach(schedule, self)
@@ -187,6 +193,8 @@ class LPOptimizer(Optimizer):
             closure: reevaluates the model and returns the loss, which `step` returns.
         """
         loss = None
+        if self._parts is not None:
+            self._parts.check_step(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -207,7 +215,40 @@ class LPOptimizer(Optimizer):
     # As torch.compiler.assume_constant_result does, which imports torch._dynamo.
     _shares_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim's. What parameters have been stepped by keeps its effect, also where the
+        step has not come to its end."""
+        if self._parts is not None:
+            self._parts.drop()
+        super().zero_grad(set_to_none)
+
+    def supports_fused_back_pass(self) -> bool:
+        """Whether there is `step_parameter`; trainers ask."""
+        return True
+
+    def step_parameter(self, param: Tensor, group: dict[str, Any], index: int) -> None:
+        """Steps one parameter by its gradient, as `step` would, for trainers that do so in hooks of
+        backward and free the gradient. `lpsgd.release_gradients` does it by itself.
+
+        All parameters together are one step, which ends with `step`, with `zero_grad`, or where a
+        parameter comes for the second time.
+
+        Args:
+            param: the parameter. Without a gradient it is left as it is.
+            group: the one of `param_groups` that it is in.
+            index: its index in `group["params"]`.
+        """
+        i = next((i for i, one in enumerate(self.param_groups) if one is group), None)
+        there = group["params"][index : index + 1] if i is not None and index >= 0 else []
+        if i is None or not any(one is param for one in there):
+            raise ValueError("step_parameter() needs a parameter, its group and its index in that")
+        if self._parts is None:
+            self._parts = Parts(self)
+        self._parts.step_by_hand(param, i, index)
+
     def _eager_step(self) -> None:
+        if self._parts is not None:
+            self._parts.end()
         if not self._usual_step():
             unusual_step(self)
 

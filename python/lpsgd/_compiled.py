@@ -36,7 +36,8 @@ def traced_step(optimizer: "LPOptimizer") -> None:
     """Makes a step in a way that Dynamo can trace."""
     # By any other way to the groups Dynamo would guard on all their values, lr and p included.
     groups = vars(optimizer)["param_groups"]
-    if optimizer._shares_memory():  # a graph writes to each tensor by itself
+    # A graph writes to each tensor by itself, and has no place for parts of a step.
+    if optimizer._parts is not None or optimizer._shares_memory():
         torch.compiler.disable(optimizer._eager_step)()  # type: ignore[no-untyped-call]
         return
     # All gradients come before any state: Dynamo guards on the identity of what it reaches

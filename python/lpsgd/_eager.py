@@ -215,6 +215,9 @@ def for_loop(
     step: int = 0,
     streams: Sequence[int] | None = None,
     offsets: Sequence[int] | None = None,
+    accumulate: int = 1,
+    continues: bool = False,
+    momentum_only: bool = False,
 ) -> None:
     """One step, parameter by parameter; `momentum_buffers=None` is LPSGD, else LPSGDM.
 
@@ -243,12 +246,13 @@ def for_loop(
             x = x * factor
         if buffer is not None:  # eq 23
             m = _widened(buffer, w.dtype, momentum_exponent)
-            x = m.mul_(momentum).add_(x, alpha=1.0 - momentum)
+            m.mul_(1.0 if continues else momentum)
+            x = m.add_(x, alpha=(1.0 - momentum) / accumulate)
             if x.requires_grad:
                 x = x.clone()  # what backward needs; the next step changes m
             if m is not buffer:
                 _store(buffer, m, of_buffer, momentum_exponent)
-        if isinstance(lr, Tensor) or lr != 0.0:
+        if not momentum_only and (isinstance(lr, Tensor) or lr != 0.0):
             u = _direction(x, rho, _fit(eps, x.dtype))  # eq 21, 24
             if weight_decay != 0.0:  # eq 25
                 w.mul_(_fit(1.0 - lr * weight_decay, w.dtype))
@@ -275,6 +279,9 @@ def foreach(
     pivot: float = 1.0,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    accumulate: int = 1,
+    continues: bool = False,
+    momentum_only: bool = False,
 ) -> None:
     """One step by `torch._foreach_*` over whole lists. They share one device, one real dtype of
     parameters and one of buffers, which is not of one byte.
@@ -295,12 +302,12 @@ def foreach(
         xs = list(torch._foreach_mul(xs, factor))
     if momentum_buffers is not None:  # eq 23
         ms = [buffer.to(ws[0].dtype) for buffer in momentum_buffers]
-        torch._foreach_mul_(ms, momentum)
-        torch._foreach_add_(ms, xs, alpha=1.0 - momentum)
+        torch._foreach_mul_(ms, 1.0 if continues else momentum)
+        torch._foreach_add_(ms, xs, alpha=(1.0 - momentum) / accumulate)
         xs = ms
         if ms[0] is not momentum_buffers[0]:
             torch._foreach_copy_(momentum_buffers, ms)
-    if not isinstance(lr, Tensor) and lr == 0.0:
+    if momentum_only or (not isinstance(lr, Tensor) and lr == 0.0):
         return
     us = _directions(xs, rho, _fit(eps, xs[0].dtype))  # eq 21, 24
     if weight_decay != 0.0:  # eq 25

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ._eager import BYTE, decoded
-from ._schedule import _innermost
+from ._schedule import innermost
 from ._shards import full
 from ._values import momentum_exponent_in
 
@@ -54,7 +54,7 @@ def suggest_pivot(optimizer: Optimizer) -> float:
         >>> round(suggest_pivot(optimizer), 2)  # all gradients are 8
         7.66
     """
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     if not all("pivot" in group for group in optimizer.param_groups):
         raise TypeError(f"suggest_pivot() needs an LPSGD or LPSGDM, not {type(optimizer).__name__}")
     norms, count = [0.0], 0

@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ._eager import BYTE, LARGEST_BYTE
-from ._schedule import _innermost
+from ._schedule import innermost
 from ._shards import full, largest
 from ._values import momentum_exponent_in
 
@@ -64,7 +64,7 @@ def momentum_report(optimizer: Optimizer) -> list[MomentumReport]:
         >>> momentum_report(optimizer)
         [MomentumReport(elements=4, at_largest=0.25, at_zero=0.25, largest=1.75, exponent=14)]
     """
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     if not all("pivot" in group and "momentum" in group for group in optimizer.param_groups):
         raise TypeError(f"momentum_report() needs an LPSGDM, not {type(optimizer).__name__}")
     return [_report_of(group, optimizer) for group in optimizer.param_groups]

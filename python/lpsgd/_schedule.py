@@ -22,7 +22,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer itself, not Accelerate's wrapper around it, which calls no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
@@ -110,7 +110,7 @@ class _PScheduler(LRScheduler):
     _get_lr_called_within_step = False
 
     def __init__(self, optimizer: Optimizer, last_epoch: int, every_step: bool) -> None:
-        optimizer = _innermost(optimizer)
+        optimizer = innermost(optimizer)
         last_epoch = check_integer("last_epoch", last_epoch, -1)
         for i, group in enumerate(optimizer.param_groups):
             if "p" not in group:
@@ -435,7 +435,7 @@ class LambdaP(_PScheduler):
         *,
         every_step: bool = False,
     ) -> None:
-        count = len(_innermost(optimizer).param_groups)
+        count = len(innermost(optimizer).param_groups)
         self.p_lambdas = (
             list(p_lambda) if isinstance(p_lambda, list | tuple) else [p_lambda] * count
         )

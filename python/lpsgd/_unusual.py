@@ -35,6 +35,7 @@ Lists = list[list[Tensor]]  # parameters, gradients and, for LPSGDM, momentum bu
 States = deque[tuple[Tensor, dict[str, Any]]]
 Fresh = dict[Tensor, Tensor]  # the buffers that a step makes, by their parameters
 Call = Callable[[], None]
+UsualStep = Callable[[], bool]  # a step by one call of C, which answers whether it has made it
 
 Span = tuple[int, int]  # the address of a tensor's first byte and that behind its last one
 
@@ -60,6 +61,7 @@ class Gathered(NamedTuple):
     group: dict[str, Any]
     lists: Lists
     streams: list[int]
+    part: "Part | None" = None  # what the step of a whole group has not
 
 
 class Row(NamedTuple):
@@ -71,6 +73,24 @@ class Row(NamedTuple):
     shares: bool = False  # see sharing(): torch.optim steps such rows one after the other
 
 
+class Part(NamedTuple):
+    """What distinguishes the part that one parameter, or its gradient of one micro-batch, has in a
+    step; as for lpsgd_ext.step_param."""
+
+    number: int
+    accumulate: int
+    taken: int
+    momentum_only: bool
+
+    def values(self) -> dict[str, Any]:
+        """What lpsgd_ext.lpsgdm_ takes."""
+        return {
+            "accumulate": self.accumulate,
+            "continues": self.taken > 0,
+            "momentum_only": self.momentum_only,
+        }
+
+
 def unusual_step(optimizer: "LPOptimizer") -> None:
     """Makes a step that is not one call of C, or raises and has changed nothing."""
     check_capture(optimizer)
@@ -78,27 +98,45 @@ def unusual_step(optimizer: "LPOptimizer") -> None:
         return
     with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
         gathered, fresh = _gather(optimizer)
-        if fresh:
-            _check_may_make_state()
-        state = optimizer.state
-        stateless = [param for param in fresh if param not in state]
-        empty = [param for param in fresh if "momentum_buffer" in state.get(param, ())]
-        try:
-            for param, buffer in fresh.items():
-                state[param]["momentum_buffer"] = buffer
-            if fresh and optimizer._usual_step():  # all that was unusual may have been the states
-                return
-            calls = prepare(optimizer, gathered)
-        except BaseException:
-            for param in fresh:
-                state.get(param, {}).pop("momentum_buffer", None)
-            for param in stateless:
-                state.pop(param, None)
-            for param in empty:
-                state[param]["momentum_buffer"] = None
-            raise
-        for call in calls:
-            call()
+        _make(optimizer, gathered, fresh, optimizer._usual_step)
+
+
+def unusual_part(
+    optimizer: "LPOptimizer", group: dict[str, Any], param: Tensor, part: Part, usual: UsualStep
+) -> None:
+    """The same for one parameter, which has a gradient. `usual` tries it once more in C."""
+    check_capture(optimizer)
+    fresh: Fresh = {}
+    lists = optimizer._gather({**group, "params": [param]}, deque(), fresh)
+    with torch.no_grad():
+        _make(optimizer, [Gathered(group, lists, [part.number], part)], fresh, usual)
+
+
+def _make(
+    optimizer: "LPOptimizer", gathered: list[Gathered], fresh: Fresh, usual: UsualStep
+) -> None:
+    """Makes what has been gathered, with the states that it lacks."""
+    if fresh:
+        _check_may_make_state()
+    state = optimizer.state
+    stateless = [param for param in fresh if param not in state]
+    empty = [param for param in fresh if "momentum_buffer" in state.get(param, ())]
+    try:
+        for param, buffer in fresh.items():
+            state[param]["momentum_buffer"] = buffer
+        if fresh and usual():  # all that was unusual may have been the states
+            return
+        calls = prepare(optimizer, gathered)
+    except BaseException:
+        for param in fresh:
+            state.get(param, {}).pop("momentum_buffer", None)
+        for param in stateless:
+            state.pop(param, None)
+        for param in empty:
+            state[param]["momentum_buffer"] = None
+        raise
+    for call in calls:
+        call()
 
 
 def check_capture(optimizer: Optimizer) -> None:
@@ -149,9 +187,9 @@ def prepare(optimizer: "LPOptimizer", gathered: Sequence[Gathered]) -> list[Call
 def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Call]:
     """The calls that make a group's step, all of whose tensors are checked here. `alone`: there is
     no other group; then the step may have been made already."""
-    group, lists, streams = gathered
-    values = _step_values(optimizer, group)
-    rounding, count = _rounding(optimizer, group)
+    group, lists, streams, part = gathered
+    values = _step_values(optimizer, group, part)
+    rounding, count = _rounding(optimizer, group, part)
     in_c = not group["differentiable"] and (
         group["fused"] or (by_default(group) and not observed())
     )
@@ -201,7 +239,9 @@ def _calls(optimizer: "LPOptimizer", gathered: Gathered, alone: bool) -> list[Ca
 # Values.
 
 
-def _step_values(optimizer: "LPOptimizer", group: dict[str, Any]) -> dict[str, Any]:
+def _step_values(
+    optimizer: "LPOptimizer", group: dict[str, Any], part: Part | None
+) -> dict[str, Any]:
     """What a group's step takes beside tensors and what stochastic rounding needs."""
     values = {name: group[name] for name in optimizer._HYPER}
     grad_scale = getattr(optimizer, "grad_scale", None)
@@ -213,28 +253,36 @@ def _step_values(optimizer: "LPOptimizer", group: dict[str, Any]) -> dict[str, A
     momentum_dtype = momentum_dtype_in(group)
     if momentum_dtype is not None:
         values["momentum_dtype"] = momentum_dtype
+    if part is not None and "momentum" in values:
+        values |= part.values()
     return values
 
 
-def _rounding(optimizer: Optimizer, group: dict[str, Any]) -> tuple[dict[str, int], list[Call]]:
-    """What rounding at random needs, and the call that counts the step once it is made."""
+def _rounding(
+    optimizer: Optimizer, group: dict[str, Any], part: Part | None
+) -> tuple[dict[str, int], list[Call]]:
+    """What rounding at random needs, and the call that counts the step once it is made, if it is a
+    whole one."""
     if not rounds_at_random(group):
         return {}, []
     check_values(group)  # now, as rounding_step is counted on here
     step = group.get("rounding_step", 0)
-    following = step + (not changes_nothing(optimizer))
-    count = partial(operator.setitem, group, "rounding_step", following)
-    numbers = {"seed": group["seed"], "step": step}
+    numbers = {"seed": group["seed"], "step": step + (part.taken if part else 0)}
     if momentum_dtype_in(group) is _eager.BYTE:
         numbers["momentum_exponent"] = momentum_exponent_in(group)
         numbers["stochastic_rounding"] = bool(group["stochastic_rounding"])
-    return numbers, [count]
+    if part is not None:
+        return numbers, []
+    following = step + (not changes_nothing(optimizer))
+    return numbers, [partial(operator.setitem, group, "rounding_step", following)]
 
 
 def changes_nothing(optimizer: Optimizer) -> bool:
     """Whether lr and the gradients are all 0: torch.distributed.checkpoint takes such a step where
     it finds an optimizer without state. It is none of the steps that are counted."""
-    groups = optimizer.param_groups
+    parts, groups = getattr(optimizer, "_parts", None), optimizer.param_groups
+    if parts is not None and parts.moved:  # their gradients are gone
+        return False
     if any(is_on_cuda(group["lr"]) or group["lr"] != 0.0 for group in groups):
         return False
     grads = [param.grad for group in groups for param in group["params"]]

@@ -55,6 +55,9 @@ def lpsgdm_(
     offsets: Sequence[int] | None = None,
     scratch: Tensor | None = None,
     dry_run: bool = False,
+    accumulate: int = 1,
+    continues: bool = False,
+    momentum_only: bool = False,
 ) -> None: ...
 def cuda_refusal(device: int) -> str | None: ...
 def cuda_scratch_size() -> int: ...
@@ -63,6 +66,17 @@ def step_param_groups(
     param_groups: list[dict[str, Any]],
     state: dict[Tensor, dict[str, Any]] | None,
     observed: bool,
+    /,
+) -> bool: ...
+def step_param(
+    param: Tensor,
+    group: dict[str, Any],
+    state: dict[Tensor, dict[str, Any]] | None,
+    observed: bool,
+    number: int,
+    accumulate: int = 1,
+    taken: int = 0,
+    momentum_only: bool = False,
     /,
 ) -> bool: ...
 def cosine_p(

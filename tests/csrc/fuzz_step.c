@@ -80,6 +80,9 @@ static lpsgd_hyper take_hyper(source *from)
     const uint64_t flags = take(from, 1);
     hyper.maximize = flags & 1;
     hyper.stochastic_rounding = flags & 2;
+    hyper.continues = flags & 4;
+    hyper.momentum_only = flags & 8;
+    hyper.accumulate = (int)(flags >> 4 & 15) - 1;
     hyper.momentum_exponent = (int)(take(from, 1) % 256) - 128;
     hyper.seed = take(from, 8);
     hyper.step = take(from, 8);
@@ -199,6 +202,7 @@ static unsigned reasons_of(const lpsgd_hyper *h, int has_momentum)
     reasons |= (unsigned)!(h->grad_scale > 0 && h->grad_scale < INFINITY) << LPSGD_ERROR_GRAD_SCALE;
     reasons |= (unsigned)(has_momentum && abs(h->momentum_exponent) > 126)
                << LPSGD_ERROR_MOMENTUM_EXPONENT;
+    reasons |= (unsigned)(has_momentum && h->accumulate < 0) << LPSGD_ERROR_ACCUMULATE;
     return reasons;
 }
 

@@ -18,8 +18,10 @@
 #define CAPABILITY lpsgd_cpu_capability()
 #endif
 
-/* Of the kinds whose momentum_buffer has the parameter's dtype or float32, and of the others. */
-static const uint64_t golden[2] = {UINT64_C(0xace62127d253de95), UINT64_C(0xac13901252f63c7a)};
+/* Of the kinds whose momentum_buffer has the parameter's dtype or float32, of the others, and of both with
+ * gradients that are summed in the momentum. */
+static const uint64_t golden[4] = {UINT64_C(0xace62127d253de95), UINT64_C(0xac13901252f63c7a),
+                                   UINT64_C(0x4f67a794ce45e889), UINT64_C(0xb016083fbfb89f59)};
 
 static uint64_t mix(uint64_t checksum, uint64_t value) /* FNV-1a, 64 bits at a time */
 {
@@ -108,12 +110,32 @@ static uint64_t run_kinds(const int *of_kinds, int *same)
     return checksum;
 }
 
+/* Of the first, a middle and the last of 7 micro-batches, of five kinds. */
+static uint64_t run_accumulating(const int *of_kinds, int *same)
+{
+    const data_set data = {1100, 4};
+    uint64_t checksum = 0;
+    for (int i = 0; i < 5 * 8 * 3; i++) {
+        const int part = i / 40;
+        lpsgd_hyper hyper = usual;
+        hyper.p = norms[i / 5 % 8];
+        hyper.stochastic_rounding = i / 5 % 2;
+        hyper.seed = (uint64_t)i;
+        hyper.accumulate = 7;
+        hyper.continues = part > 0;
+        hyper.momentum_only = part < 2;
+        checksum = mix(checksum, run_all_ways(kinds[of_kinds[i % 5]], &hyper, 1, data, same));
+    }
+    return checksum;
+}
+
 int main(int argc, char **argv)
 {
     static const int promised[2][5] = {{0, 2, 3, 4, 5}, {6, 7, 8, 9, 10}}; /* without float64 */
     int same = 1, right = 1;
-    for (int i = 0; i < 2; i++) {
-        const uint64_t checksum = run_kinds(promised[i], &same);
+    for (int i = 0; i < 4; i++) {
+        const uint64_t checksum =
+            (i < 2 ? run_kinds : run_accumulating)(promised[i % 2], &same);
         printf("golden: capability %s, OpenMP %d, checksum 0x%016llx\n", CAPABILITY,
                lpsgd_has_openmp(), (unsigned long long)checksum);
         if (checksum != golden[i]) {

@@ -106,7 +106,11 @@ static const lpsgd_hyper usual = {
 };
 
 static const double norms[] = {2.0, 2.5, 3.0, 6.0, 9.0, 100.0, 1e9, INFINITY};
-enum { norm_count = 8, hyper_count = norm_count * 3 * 2 * 2 * 2 + 4 };
+enum {
+    norm_count = 8,
+    ordinary_count = norm_count * 3 * 2 * 2 * 2,
+    hyper_count = ordinary_count + 4 + norm_count * 3
+};
 
 /* All combinations that a step distinguishes: i < hyper_count. */
 static inline lpsgd_hyper hyper_number(int i)
@@ -115,10 +119,16 @@ static inline lpsgd_hyper hyper_number(int i)
     static const int exponents[] = {15, 0, -5, 126, -126};
     lpsgd_hyper hyper = usual;
     hyper.momentum_exponent = exponents[i % 5];
-    if (i >= hyper_count - 4) {
+    if (i >= ordinary_count && i < ordinary_count + 4) {
         hyper.lr = i % 2 ? 0.0 : 0.01;
         hyper.grad_scale = i / 2 % 2 ? 3.0 : 65536.0;
         return hyper;
+    }
+    if (i >= ordinary_count) { /* a step's first, middle and last micro-batches */
+        i -= ordinary_count + 4;
+        hyper.accumulate = 7;
+        hyper.continues = i / norm_count > 0;
+        hyper.momentum_only = i / norm_count < 2;
     }
     hyper.stochastic_rounding = i % 5 > 1;
     hyper.seed = (uint64_t)i;

@@ -234,6 +234,70 @@ static void test_lr_0_changes_no_bit_of_a_parameter(void **state)
     }
 }
 
+/* Accumulation. */
+
+/* The weights of the first, a middle and the last of K micro-batches, in float32 and float64. */
+static void test_micro_batches_are_summed_in_the_momentum(void **state)
+{
+    (void)state;
+    enum { numel = 37 };
+    static const int64_t size[] = {numel};
+    for (int i = 0; i < 2 * 3 * 5; i++) {
+        const int parts = 1 + i / 2 % 3 * 3; /* 1, 4, 7 */
+        lpsgd_hyper hyper = usual;
+        hyper.p = norms[i / 6];
+        hyper.accumulate = parts;
+        test_list list = make_list(kinds[i % 2], size, 1, 0, (uint64_t)i), before = copy_list(&list);
+        const lpsgd_buffer *b = list.buffers, *old = before.buffers;
+        for (int part = 0; part < parts; part++) {
+            hyper.continues = part > 0;
+            hyper.momentum_only = part < parts - 1;
+            assert_memory_equal(b->param, old->param, (size_t)(numel * (i % 2 ? 8 : 4)));
+            assert_int_equal(step_list(&list, &hyper, 1, 1), LPSGD_OK);
+        }
+        for (int j = 0; j < numel; j++) {
+            const double share = (1.0 - hyper.momentum) / parts;
+            if (i % 2) {
+                double m = ((const double *)old->momentum_buffer)[j];
+                for (int part = 0; part < parts; part++)
+                    m = fma(share, ((const double *)old->grad)[j], (part ? 1.0 : 0.9) * m);
+                assert_memory_equal((const double *)b->momentum_buffer + j, &m, sizeof m);
+            } else {
+                float m = ((const float *)old->momentum_buffer)[j];
+                for (int part = 0; part < parts; part++)
+                    m = fmaf((float)share, ((const float *)old->grad)[j], (part ? 1.0f : 0.9f) * m);
+                assert_memory_equal((const float *)b->momentum_buffer + j, &m, sizeof m);
+            }
+        }
+        assert_memory_not_equal(b->param, old->param, (size_t)(numel * (i % 2 ? 8 : 4)));
+        free_list(&list);
+        free_list(&before);
+    }
+}
+
+/* A last micro-batch of zeros moves the parameter by what the momentum has, and rounds that to itself. */
+static void test_a_last_micro_batch_of_zeros_keeps_the_momentum(void **state)
+{
+    (void)state;
+    for (int d = 0; d < kind_count; d++) {
+        lpsgd_hyper hyper = usual;
+        hyper.accumulate = 4;
+        hyper.continues = 1;
+        hyper.stochastic_rounding = 1;
+        test_list list = make_list(kinds[d], some_sizes, 3, 0, 12), before = copy_list(&list);
+        for (int b = 0; b < 3; b++)
+            for (int64_t i = 0; i < some_sizes[b]; i++)
+                store_bits((void *)(uintptr_t)list.buffers[b].grad, format_of(kinds[d].dtype), i, 0);
+        assert_int_equal(step_list(&list, &hyper, 1, 1), LPSGD_OK);
+        for (int b = 0; b < 3; b++)
+            assert_memory_equal(list.buffers[b].momentum_buffer, before.buffers[b].momentum_buffer,
+                                (size_t)(some_sizes[b] * format_of(kinds[d].momentum_dtype).size));
+        assert_false(same_list(&list, &before));
+        free_list(&list);
+        free_list(&before);
+    }
+}
+
 /* Stochastic rounding. */
 
 static void test_stochastic_rounding_keeps_the_mean(void **state)
@@ -517,6 +581,9 @@ static void spoil(call *c, lpsgd_status with)
     case LPSGD_ERROR_MOMENTUM_EXPONENT:
         c->hyper.momentum_exponent = 127;
         break;
+    case LPSGD_ERROR_ACCUMULATE:
+        c->hyper.accumulate = -1;
+        break;
     case LPSGD_ERROR_DTYPE:
         c->dtype = (lpsgd_dtype)5;
         break;
@@ -535,7 +602,8 @@ static void spoil(call *c, lpsgd_status with)
 /* What LPSGD does not read. */
 static int is_of_momentum(int status)
 {
-    return status == LPSGD_ERROR_MOMENTUM || status == LPSGD_ERROR_MOMENTUM_EXPONENT;
+    return status == LPSGD_ERROR_MOMENTUM || status == LPSGD_ERROR_MOMENTUM_EXPONENT ||
+           status == LPSGD_ERROR_ACCUMULATE;
 }
 
 static void test_a_refused_step_names_the_first_error_and_writes_nothing(void **state)
@@ -657,8 +725,9 @@ static void test_status_texts_name_the_argument(void **state)
 {
     (void)state;
     static const char *const names[] = {"no error", "lr",         "p ",    "momentum", "weight_decay",
-                                        "eps",      "pivot",      "grad_scale", "momentum_exponent", "dtype", "numel",
-                                        "NULL",     "aligned",    "CUDA",  "unknown"};
+                                        "eps",      "pivot",      "grad_scale", "momentum_exponent",
+                                        "accumulate", "dtype",    "numel", "NULL",     "aligned",
+                                        "CUDA",     "unknown"};
     for (int status = LPSGD_OK; status <= LPSGD_ERROR_CUDA + 1; status++)
         assert_non_null(strstr(lpsgd_status_text((lpsgd_status)status), names[status]));
     assert_non_null(strstr(lpsgd_status_text((lpsgd_status)-1), "unknown"));
@@ -792,6 +861,8 @@ int main(void)
         cmocka_unit_test(test_maximize_is_the_negated_gradient),
         cmocka_unit_test(test_zero_gradients_without_decay_change_no_bit),
         cmocka_unit_test(test_lr_0_changes_no_bit_of_a_parameter),
+        cmocka_unit_test(test_micro_batches_are_summed_in_the_momentum),
+        cmocka_unit_test(test_a_last_micro_batch_of_zeros_keeps_the_momentum),
         cmocka_unit_test(test_stochastic_rounding_keeps_the_mean),
         cmocka_unit_test(test_float8_rounding_keeps_the_mean),
         cmocka_unit_test(test_float8_rounding_leaves_what_is_exact_and_saturates),

@@ -6,6 +6,7 @@ makes, and must get the same bits.
 """
 
 import copy
+import itertools
 import math
 import warnings
 
@@ -19,7 +20,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import CLASSES, assert_same_bits, bits
-from lpsgd import LPSGD, LPSGDM, CosineAnnealingP
+from lpsgd import LPSGD, LPSGDM, CosineAnnealingP, release_gradients
 from ranks import on_ranks
 
 with warnings.catch_warnings():  # PyTorch's own: this import uses torch.jit.script
@@ -71,6 +72,42 @@ def train_ddp():
 
 def test_ddp_gives_the_bits_of_one_process():
     on_ranks(2, train_ddp)
+
+
+def train_ddp_released():
+    """Its gradients are the means of the processes', of which the twin takes the sum."""
+    for as_view, values, accumulate in itertools.product((False, True), ({}, BYTES), (1, 3)):
+        twin, module = make_model(), make_model()
+        optimizer, twin_optimizer = (
+            LPSGDM(m.parameters(), lr=0.1, p=6.0, **values) for m in (module, twin)
+        )
+        release_gradients(optimizer, accumulate)
+        release_gradients(twin_optimizer, accumulate)
+        model = DistributedDataParallel(module, gradient_as_bucket_view=as_view)
+        for step in range(3):
+            for i in range(accumulate):
+                x = batch(accumulate * step + i)
+                model(x).square().mean().backward()
+                assert all(param.grad is None for param in module.parameters())
+                gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+                dist.all_gather(gathered, x)
+                sum(twin(one).square().mean() / 2 for one in gathered).backward()
+            for one in (optimizer, twin_optimizer):
+                one.step()
+                one.zero_grad()
+            for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+                tolerance = 0.2 if values else 1e-4  # a last bit of g may turn one of m in a byte
+                torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+        with model.no_sync(), pytest.raises(RuntimeError, match="no_sync"):
+            model(batch(0)).square().mean().backward()
+        whole = torch.cat([param.detach().view(-1) for param in module.parameters()])
+        others = [torch.empty_like(whole) for _ in range(dist.get_world_size())]
+        dist.all_gather(others, whole)
+        assert torch.equal(*others)
+
+
+def test_ddp_releases_gradients_when_they_are_reduced():
+    on_ranks(2, train_ddp_released)
 
 
 def groups(model):
@@ -178,6 +215,8 @@ def train_fsdp1():
             )
             optimizer = cls(model.parameters(), **values)
             twin_optimizer = cls(twin.parameters(), **values)
+            with pytest.raises(RuntimeError, match="use fully_shard"):
+                release_gradients(optimizer)
             for step in range(3):
                 # The same batch in every rank, whose average over 2 ranks is exact.
                 x = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from helpers import CLASSES, DTYPES, bits
-from lpsgd import LPSGD, LPSGDM, momentum_report, suggest_pivot
+from lpsgd import LPSGD, LPSGDM, momentum_report, release_gradients, suggest_pivot
 from ranks import on_ranks, whole_bits
 
 VALUES = {"lr": 0.1, "weight_decay": 0.1, "fused": True}
@@ -186,6 +186,37 @@ def train_fsdp2():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_fsdp2_gives_the_bits_of_one_process(ranks):
     on_ranks(ranks, train_fsdp2)
+
+
+def release_with_fsdp2():
+    """The reduced gradients, beside the ordinary loop; K micro-batches up to rounding."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def shard(model):
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+
+    for accumulate, values in ((1, {}), (1, {"momentum_dtype": torch.float8_e5m2}), (3, {})):
+        model, ordinary = (make_twins(shard)[0] for _ in range(2))
+        optimizer, other = (LPSGDM(m.parameters(), p=4.0, **values) for m in (model, ordinary))
+        release_gradients(optimizer, accumulate)
+        for step in range(3):
+            for i in range(accumulate):
+                x = randn((4, 7), torch.float32, 10 * step + i + 100 * dist.get_rank())
+                model(x).square().mean().backward()
+                assert all(param.grad is None for param in model.parameters())
+                (ordinary(x).square().mean() / accumulate).backward()
+            for one in (optimizer, other):
+                one.step()
+                one.zero_grad()
+        for a, b in zip(model.parameters(), ordinary.parameters(), strict=True):
+            if accumulate == 1:
+                assert torch.equal(whole_bits(a), whole_bits(b))
+            torch.testing.assert_close(a.full_tensor(), b.full_tensor())
+
+
+def test_fsdp2_releases_reduced_gradients():
+    on_ranks(2, release_with_fsdp2)
 
 
 def scale_with_fsdp2():

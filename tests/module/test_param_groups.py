@@ -397,3 +397,84 @@ def test_wrong_arguments_are_type_errors(arguments):
 @pytest.mark.parametrize("groups", [[3], [None, {}], [{"params": []}, []]])
 def test_wrong_groups_are_unusual(groups):
     assert lpsgd_ext.step_param_groups(groups, None, False) is False
+
+
+# One parameter: lpsgd_ext.step_param.
+
+
+def step_param(optimizer, param, number, *part, observed=False):
+    """The parameter of this number among those of all groups."""
+    for group in optimizer.param_groups:
+        if any(one is param for one in group["params"]):
+            state = optimizer.state if isinstance(optimizer, lpsgd.LPSGDM) else None
+            return lpsgd_ext.step_param(param, group, state, observed, number, *part)
+    raise AssertionError("it is in no group")
+
+
+@pytest.mark.parametrize(
+    "cls, dtype, keywords", [(cls, dtype, {}) for cls in CLASSES for dtype in DTYPES] + ROUNDINGS
+)
+def test_one_parameter_after_the_other_is_a_step(cls, dtype, keywords):
+    optimizer, other = (optimizer_of(cls, 2, dtype, **keywords) for _ in range(2))
+    before = copy.deepcopy([{**group, "params": None} for group in optimizer.param_groups])
+    step_by_lists(other)
+    numbered = list(enumerate(params_of(optimizer)))
+    for number, param in reversed(numbered):  # in whatever order
+        assert step_param(optimizer, param, number) is True
+    assert same_bits(contents(optimizer), contents(other))
+    assert versions(optimizer) == versions(other)
+    assert [{**group, "params": None} for group in optimizer.param_groups] == before
+
+
+@pytest.mark.parametrize(
+    "dtype, keywords",
+    [(dtype, {}) for dtype in DTYPES] + [(torch.float32, {"momentum_dtype": BYTE})],
+)
+@pytest.mark.parametrize("taken, momentum_only", [(0, True), (1, True), (2, False), (0, False)])
+def test_one_parameter_is_stepped_as_by_the_lists(dtype, keywords, taken, momentum_only):
+    optimizer, other = (optimizer_of(lpsgd.LPSGDM, 1, dtype, **keywords) for _ in range(2))
+    (group,) = other.param_groups
+    names = ("lr", "p", "weight_decay", "eps", "pivot", "momentum", "momentum_dtype")
+    values = {name: group[name] for name in names}
+    if keywords:
+        values |= {"seed": group["seed"], "step": group["rounding_step"] + taken}
+    for number, param in enumerate(params_of(optimizer)):
+        assert step_param(optimizer, param, number, 3, taken, momentum_only) is True
+    lists = [params_of(other), [param.grad for param in params_of(other)]]
+    lists.append([other.state[param]["momentum_buffer"] for param in params_of(other)])
+    lpsgd_ext.lpsgdm_(
+        *lists, **values, accumulate=3, continues=taken > 0, momentum_only=momentum_only
+    )
+    assert same_bits(contents(optimizer), contents(other))
+
+
+def test_one_parameter_that_is_unusual_is_not_stepped():
+    optimizer = optimizer_of(lpsgd.LPSGDM, 1)
+    param = params_of(optimizer)[0]
+    (group,) = optimizer.param_groups
+    before = copy.deepcopy(contents(optimizer))
+
+    def refuses(param=param, group=group, state=optimizer.state, observed=False, part=(0,)):
+        with references_kept([param, group]):
+            for _ in range(50):
+                assert lpsgd_ext.step_param(param, group, state, observed, *part) is False
+
+    refuses(observed=True)
+    refuses(state={})
+    refuses(param=torch.nn.UninitializedParameter())
+    refuses(param=None)
+    refuses(group={**group, "lr": -1.0})
+    refuses(group={**group, "lr": torch.tensor(0.1)})
+    refuses(group={})
+    refuses(part=(0, 0))
+    refuses(part=(0, 1, -1))
+    for part in ((0, 2), (0, 1, 1), (0, 1, 0, True)):
+        refuses(state=None, part=part)  # LPSGD has no momentum to take it
+    grad, param.grad = param.grad, None
+    refuses()
+    param.grad = grad
+    assert same_bits(contents(optimizer), before)
+    with pytest.raises(TypeError, match="argument 'state' must be dict"):
+        lpsgd_ext.step_param(param, group, [], False, 0)
+    with pytest.raises(TypeError):
+        lpsgd_ext.step_param(param, [], optimizer.state, False, 0)

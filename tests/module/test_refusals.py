@@ -412,3 +412,9 @@ def test_rho_out_of_range_is_refused():
             lpsgd_ext.rho(bad)
     with pytest.raises(TypeError, match="argument 'p'"):
         lpsgd_ext.rho("6")
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_accumulate_below_1_is_refused(value):
+    lists = [[good()] for _ in range(3)]
+    assert_refused(lists, ValueError, f"Invalid accumulate: {value}", accumulate=value)

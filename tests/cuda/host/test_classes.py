@@ -11,7 +11,7 @@ from torch.nn import Parameter
 import cuda_double
 from cuda_double import cuda, host, opened
 from helpers import CLASSES, same_bits
-from lpsgd import LPSGDM
+from lpsgd import LPSGDM, release_gradients
 
 classes = pytest.mark.parametrize("cls", CLASSES)
 WORDS = r"cuInit: CUDA_ERROR_NO_DEVICE \(100\): no CUDA-capable device is detected"
@@ -390,3 +390,24 @@ def test_a_step_with_lr_on_the_gpu_works_once_the_driver_does(cls):
     optimizer.step()
     cls(here, lr=0.5).step()
     assert same_bits(seen(there), seen(here))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("values", [{}, {"momentum_dtype": torch.float8_e5m2, "seed": 2}])
+def test_released_gradients_make_the_cpus_bits_on_every_device(values, accumulate):
+    """By the hooks alone, since nothing here has a backward."""
+    optimizers = []
+    for params in models(devices=(0, 2)):
+        grads = [param.grad for param in params]
+        optimizers.append(LPSGDM(params, **values))
+        optimizers[-1].zero_grad()
+        release_gradients(optimizers[-1], accumulate)
+        for _ in range(2):
+            for _ in range(accumulate):
+                for param, grad in zip(params, grads, strict=True):
+                    param.grad = grad
+                    (hook,) = param._post_accumulate_grad_hooks.values()
+                    hook(param)
+                    assert param.grad is None
+            optimizers[-1].step()
+    assert_same_training(*optimizers)
