@@ -184,8 +184,9 @@ $(VENV)/.installed: $(SOURCES) setup.py README.md $(VENV)/.options
 	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet --force-reinstall --no-deps .
 	touch $@
 
-# The variables that the module was built with: others build it anew.
-OPTIONS := env | grep -E '^(CC|CFLAGS|LDFLAGS|NVCC|CUDA_|TORCH_CUDA_|LPSGD_)' | sort
+# The variables that the module was built with (setup.py): others build it anew.
+OPTIONS := env | sed -nE '/^(CC|C(PP)?FLAGS|LD(FLAGS|SHARED)|NVCC|CUDA_(HOME|PATH))=/p; \
+    /^(TORCH_CUDA_ARCH_LIST|LPSGD_(CUDA|OPENMP|SANITIZE|WERROR))=/p' | sort
 $(VENV)/.options: FORCE
 	@$(OPTIONS) | cmp -s - $@ || $(OPTIONS) >$@
 
