@@ -185,6 +185,9 @@ class Plan:
         )
 
 
+SMALL = Plan(trials=2, seeds=(0, 1), horizon_seeds=1, shrink=16)
+
+
 def found(results: Results, jobs: Iterable[Job]) -> list[Mapping[str, Any]] | None:
     """What is known of these runs; None if one is missing."""
     entries = [results.get(job.run.key) for job in jobs]

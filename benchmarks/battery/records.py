@@ -16,6 +16,7 @@ from benchmarks.paper.training import Metrics
 
 HEAD = ("task", "title", "cost", "chance", "fingerprint", "torch", "commits")
 ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
 ORDER = ("contender", "final", "setting", "epochs", "seed")
 
 

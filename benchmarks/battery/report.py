@@ -16,11 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.battery.__main__ import RESULTS, SMALL
 from benchmarks.battery.contenders import REFERENCE, Contender, table
-from benchmarks.battery.plan import HORIZONS, Plan, found
+from benchmarks.battery.plan import HORIZONS, SMALL, Plan, found
 from benchmarks.battery.problem import EPOCHS
-from benchmarks.battery.records import read
+from benchmarks.battery.records import RESULTS, read
 from benchmarks.battery.statistics import Floats, bootstrap, holm, paired_test
 from benchmarks.paper.report import save
 

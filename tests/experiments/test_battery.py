@@ -4,6 +4,7 @@ killed ends with the same bits as one that is not."""
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,15 +14,16 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
-from benchmarks.battery import __main__ as battery
-from benchmarks.battery import report
+from benchmarks.battery import __main__ as command
+from benchmarks.battery import report, runs
 from benchmarks.battery.contenders import CONTENDERS, MOMENTA, POINTS, REFERENCE, Contender
-from benchmarks.battery.plan import Plan, missing
+from benchmarks.battery.plan import SMALL, Plan, missing
 from benchmarks.battery.statistics import bootstrap, paired_test
 from benchmarks.battery.tasks import TASKS, task_class
 from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
 from benchmarks.paper.training import Trainer
+from tests import helpers
 
 ADAMW, SIGN = (c for c in CONTENDERS if c.name in (REFERENCE, "p=∞ (Signum)"))
 TINY = Plan(("digits", "image"), (ADAMW, SIGN), 2, (0,), 1, shrink=1000)
@@ -42,7 +44,7 @@ def results_of(directory):
 
 def test_a_battery_that_is_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    original, count = battery.train, 0
+    original, count = runs.train, 0
 
     def train(*arguments):
         nonlocal count
@@ -51,12 +53,12 @@ def test_a_battery_that_is_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch
             raise Killed
         return original(*arguments)
 
-    battery.run(TINY, whole, Source(), 1)
-    monkeypatch.setattr(battery, "train", train)
+    runs.run(TINY, whole, Source(), 1)
+    monkeypatch.setattr(runs, "train", train)
     for _ in range(2):
         with pytest.raises(Killed):
-            battery.run(TINY, parts, Source(), 1)
-    battery.run(TINY, parts, Source(), 1)
+            runs.run(TINY, parts, Source(), 1)
+    runs.run(TINY, parts, Source(), 1)
     results = results_of(whole)
     assert results_of(parts) == results
     assert count == sum(len(record["runs"]) for record in results.values()) + 2
@@ -71,13 +73,22 @@ def test_a_battery_that_is_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch
     key = next(iter(record["runs"]))
     record["runs"][key]["loss"] *= 1 + 1e-15
     (whole / "digits.json").write_text(json.dumps(record))
-    (job,) = battery.repeat(TINY, "digits", whole, Source(), 1)
+    (job,) = runs.repeat(TINY, "digits", whole, Source(), 1)
     assert job.run.key == key
 
     record["fingerprint"] = "other data"
     (whole / "digits.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="another fingerprint"):
-        battery.run(TINY, whole, Source(), 1)
+        runs.run(TINY, whole, Source(), 1)
+
+
+@pytest.mark.full
+def test_two_processes_give_the_bits_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for directory, arguments in ((one, ("--jobs", "1")), (two, ("--jobs", "2"))):
+        command = [sys.executable, "-m", "benchmarks.battery", "--small", "--tasks", "digits"]
+        helpers.run([*command, *arguments, "--results", str(directory)])
+    assert results_of(two) == results_of(one)
 
 
 class Known(dict):
@@ -183,7 +194,7 @@ def test_contenders_make_optimizers_and_meet_on_equal_terms(contender: Contender
         {"Lion": "lion_pytorch", "CautiousAdamW": "timm"}.get(contender.optimizer, "torch")
     )
     plan = replace(TINY, contenders=(contender,))
-    problem = battery.problem_of("digits", True, Source(), plan.shrink)
+    problem = runs.problem_of("digits", True, Source(), plan.shrink)
     ours, theirs = (
         Trainer(plan.job("digits", one, 1, seed=3).run, problem) for one in (contender, ADAMW)
     )
@@ -229,7 +240,7 @@ def test_a_task_can_be_learned_and_its_halves_of_data_are_apart(task):
 
 
 def test_the_error_of_the_table_is_the_mean_over_classes():
-    problem = battery.problem_of("table", True, Source(), 1)
+    problem = runs.problem_of("table", True, Source(), 1)
     always = torch.zeros(len(problem.y_held_out), 8)
     always[:, 0] = 1.0
     _, correct = problem.losses(lambda _: always, problem.x_held_out, problem.y_held_out)
@@ -252,14 +263,14 @@ def test_a_gradient_is_clipped_and_p_may_rise():
 
 def test_without_data_cifar_is_left_out_and_that_is_said(tmp_path, monkeypatch, capsys):
     plans = []
-    monkeypatch.setattr(battery, "run", lambda plan, *_: plans.append(plan))
+    monkeypatch.setattr(command, "run", lambda plan, *_: plans.append(plan))
     for arguments in ([], ["--data", str(tmp_path)], ["--small", "--tasks", "cifar", "gpt"]):
         monkeypatch.setattr("sys.argv", ["battery", "--results", str(tmp_path), *arguments])
-        battery.main()
+        command.main()
     assert [("cifar" in plan.tasks, len(plan.tasks), plan.shrink) for plan in plans] == [
         (False, 7, 1),
         (True, 8, 1),
-        (False, 1, battery.SMALL.shrink),
+        (False, 1, SMALL.shrink),
     ]
     assert capsys.readouterr().out.count("CIFAR-10 is left out") == 2
 
