@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Builds lpsgd_ext. PyTorch is needed neither to build nor to link it.
 
+Without it, lpsgd works in PyTorch's operations. That is what is installed where there is no C
+compiler at all, and where lpsgd_ext has never run. A compiler that fails is an error.
+
 Environment variables:
+    LPSGD_NATIVE: 0 builds no lpsgd_ext, 1 fails where there can be none. (While Python runs, 0
+        leaves it alone, and 1 fails where there is none.)
     CC: the compiler (gcc and clang are tested).
     LPSGD_CUDA: 0 builds without CUDA kernels, 1 fails where they cannot be built; by default a
         build without an nvcc that can says why and goes on. It must be of CUDA 12.8 or later.
@@ -20,6 +25,7 @@ import gzip
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -198,24 +204,49 @@ def version() -> str:
     return found.group(1)
 
 
-if sysconfig.get_config_var("Py_GIL_DISABLED"):
-    sys.exit(
-        "lpsgd_ext relies on the GIL and has no build for free-threaded Pythons (3.13t, 3.14t): "
-        "install lpsgd in the usual build of this Python"
-    )
+def find_compiler() -> bool:
+    """Whether there is a C compiler: that of CC, Python's own, or another, which becomes CC's."""
+    if "CC" in os.environ:
+        return True  # and if it fails, that is not what was wished for
+    own, *_ = shlex.split(sysconfig.get_config_var("CC") or "") or ["cc"]
+    found = next(filter(shutil.which, (own, "cc", "gcc", "clang")), None)
+    if found and found != own:
+        os.environ["CC"] = found
+    return found is not None
+
+
+def why_not() -> str | None:
+    """Why no lpsgd_ext is built; None: it is."""
+    if os.environ.get("LPSGD_NATIVE") == "0":
+        return "LPSGD_NATIVE=0"
+    demanded = "1" in (os.environ.get(f"LPSGD_{name}") for name in ("NATIVE", "OPENMP", "CUDA"))
+    why = None
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        why = "it relies on the GIL and has no build for free-threaded Pythons (3.13t, 3.14t)"
+        if demanded:
+            sys.exit(f"lpsgd_ext cannot be built: {why}")
+    elif sys.platform != "linux":
+        why = f"it has never run on {sys.platform}; LPSGD_NATIVE=1 tries to build it"
+    elif not find_compiler():
+        why = f"there is no C compiler. {NEEDS}"
+    return None if demanded else why
+
+
+LPSGD_EXT = Extension(
+    "lpsgd_ext",
+    sources=sorted(glob("csrc/*.c") + glob("lpsgd_ext/*.c")),
+    depends=[*glob("csrc/*.h"), *glob("csrc/*.cu"), *glob("lpsgd_ext/*.h"), "setup.py"],
+    include_dirs=["csrc"],
+    define_macros=[("Py_LIMITED_API", "0x030a0000")],
+    libraries=["m", "pthread"],
+    py_limited_api=True,
+)
+WHY_NOT = why_not()
+if WHY_NOT:
+    print(f"lpsgd will work in PyTorch's operations, without lpsgd_ext: {WHY_NOT}", file=sys.stderr)
 setup(
     version=version(),
-    ext_modules=[
-        Extension(
-            "lpsgd_ext",
-            sources=sorted(glob("csrc/*.c") + glob("lpsgd_ext/*.c")),
-            depends=[*glob("csrc/*.h"), *glob("csrc/*.cu"), *glob("lpsgd_ext/*.h"), "setup.py"],
-            include_dirs=["csrc"],
-            define_macros=[("Py_LIMITED_API", "0x030a0000")],
-            libraries=["m", "pthread"],
-            py_limited_api=True,
-        )
-    ],
+    ext_modules=[] if WHY_NOT else [LPSGD_EXT],
     cmdclass={"build_ext": BuildExt, "sdist": Sdist},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

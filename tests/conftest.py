@@ -7,6 +7,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers run beside each other, with o
 import pytest
 import torch
 
+import lpsgd
+
+FALLBACK = lpsgd.build_info()["fallback"]
 collect_ignore = ["module/failing_allocations.py", "mutants"]  # programs
 _left = pytest.StashKey[int]()
 
@@ -16,6 +19,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.suffix == ".ipynb" and item.path.stem != "quickstart":
             item.add_marker(pytest.mark.full)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """Skips tests of fused=True where there is no C (`make test-pure`)."""
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if FALLBACK and str(error).endswith(FALLBACK):
+            pytest.skip("fused=True needs C")
+        raise
 
 
 def pytest_deselected(items):

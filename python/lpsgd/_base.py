@@ -16,10 +16,9 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-import lpsgd_ext
-
 from ._checkpoints import as_integers, buffers_of, fit_buffers, from_integers, translate
 from ._compiled import register, running, traced_step
+from ._native import lpsgd_ext
 from ._parts import Parts
 from ._schedule import attach, schedule_of
 from ._unusual import (

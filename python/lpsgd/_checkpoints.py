@@ -131,7 +131,7 @@ def fit_buffers(
                 dtype = momentum_dtype_of(param, momentum_dtype)
                 one = buffer
                 if dtype != buffer.dtype or saved[param].dtype == BYTE:
-                    one = _converted(saved[param].to(param.device), dtype, exponent)
+                    one = _converted(saved[param], dtype, exponent).to(param.device)
                 entry["momentum_buffer"] = _placed(param, one)
 
 

@@ -8,6 +8,7 @@ writes to `params` and `momentum_buffers`, never to `grads`, and raises what PyT
 operations raise. All but float64 is computed in float32 with one rounding on store, as in C.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 from typing import TypeVar
@@ -15,15 +16,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-import lpsgd_ext
+from . import _reference
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 BYTE = torch.float8_e5m2  # the upper byte of a float16
 LARGEST_BYTE = 57344.0  # the largest finite number of this dtype: 0x7b00 as float16
 
 _Number = TypeVar("_Number", float, Tensor, float | Tensor)
-
-_LOW_32 = 0xFFFFFFFF
 
 
 def _smallest(dtype: torch.dtype) -> float:
@@ -53,59 +52,6 @@ def _directions(xs: list[Tensor], rho: float, eps: float) -> list[Tensor]:
     return us
 
 
-def _mix(x: int) -> int:
-    """lpsgd_mix of csrc/lpsgd_element.h."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-    return x ^ x >> 31
-
-
-def _key(key: int, number: int) -> int:
-    """lpsgd_key of csrc/lpsgd_element.h."""
-    return _mix(key + 0x9E3779B97F4A7C15 * (number + 1) & (1 << 64) - 1)
-
-
-def _rounding_key(seed: int, step: int) -> int:
-    return _key(_mix(seed & (1 << 64) - 1), step & (1 << 64) - 1)
-
-
-def _indices(param: Tensor, offset: int) -> Tensor:
-    """The number of every element of `param`, from `offset` on in the order of the strides: as they
-    lie in memory."""
-    indices = torch.empty_like(param, dtype=torch.int64, memory_format=torch.preserve_format)
-    strides = indices.stride()
-    order = sorted(range(param.dim()), key=lambda d: (strides[d], param.size(d)), reverse=True)
-    in_order = indices.permute(order)
-    counted = torch.arange(offset, offset + param.numel(), device=param.device)
-    in_order.copy_(counted.view(in_order.shape))
-    return indices
-
-
-def _random(key: int, index: Tensor) -> Tensor:
-    """lpsgd_random of csrc/lpsgd_element.h for every index, as int64."""
-    x = index & _LOW_32 ^ key & _LOW_32
-    x = (x ^ x >> 17) * 0xED5AD4BB & _LOW_32
-    x ^= (index >> 32) * 0x9E3779B9 + (key >> 32) & _LOW_32
-    x = (x ^ x >> 11) * 0xAC4C1B51 & _LOW_32
-    x = (x ^ x >> 15) * 0x31848BAB & _LOW_32
-    return x ^ x >> 14
-
-
-def random_bits(param: Tensor, seed: int, step: int, stream: int, offset: int) -> Tensor:
-    """The 32 random bits, as int64, by which every element of `param` is rounded to bfloat16."""
-    key = _key(_rounding_key(seed, step), stream & (1 << 64) - 1)
-    return _random(key, _indices(param, offset))
-
-
-def random_bytes(param: Tensor, seed: int, step: int, stream: int, offset: int) -> Tensor:
-    """The random byte, as int64, by which every element's momentum is rounded to one byte:
-    lpsgd_byte_key and lpsgd_random_byte of csrc/lpsgd_element.h."""
-    key = _key(_key(_rounding_key(seed, step), 0x6D6F6D656E74), stream & (1 << 64) - 1)
-    i = _indices(param, offset)
-    bits = _random(key, (i >> 6 << 4) + (i & 15))
-    return bits >> ((i >> 4 & 3) << 3) & 0xFF
-
-
 def decoded(buffer: Tensor, exponent: int) -> Tensor:
     """The float32 momentum that a buffer of one byte holds times 2^exponent."""
     return buffer.float() * 2.0**-exponent
@@ -126,14 +72,14 @@ def _draw(
     param: Tensor, buffer: Tensor | None, bits: bool, where: tuple[int, int, int, int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """What is random in rounding the parameter and the buffer; `bits`: to bfloat16 as well. `where`
-    is what random_bits takes."""
+    is what _reference.random_bits takes."""
     written = (param.dtype, buffer.dtype if buffer is not None else None)
     of_param, of_buffer = None, None
     if bits and torch.bfloat16 in written:
-        random = random_bits(param, *where)
+        random = _reference.random_bits(param, *where)
         of_param, of_buffer = random & 0xFFFF, random >> 16
     if buffer is not None and buffer.dtype == BYTE:
-        of_buffer = random_bytes(param, *where)
+        of_buffer = _reference.random_bytes(param, *where)
     return of_param, of_buffer
 
 
@@ -166,12 +112,12 @@ def _fold(
     """The numbers that all tensors of a step share: rho of eq 20; lr times the pivot's factor,
     infinite where a float64 cannot hold that, as in C; and what gradients are multiplied by,
     1 / grad_scale as float32, negated to maximize."""
-    rho = lpsgd_ext.rho(p)
+    rho = _reference.rho(p)
     try:
         unit = math.pow(pivot, -1.0 / (p - 1.0))
     except OverflowError:
         unit = math.inf
-    inverse = torch.tensor(1.0 / grad_scale, dtype=torch.float32).item()
+    inverse = ctypes.c_float(1.0 / grad_scale).value
     return rho, lr * unit, -inverse if maximize else inverse
 
 
@@ -257,7 +203,7 @@ def for_loop(
             if weight_decay != 0.0:  # eq 25
                 w.mul_(_fit(1.0 - lr * weight_decay, w.dtype))
             if isinstance(step_size, Tensor):  # eq 22, 25
-                w.addcmul_(u, step_size.to(w.dtype), value=-1.0)
+                w.sub_(u * step_size.to(w.dtype))
             else:
                 w.add_(u, alpha=-_fit(step_size, w.dtype))
             if half:

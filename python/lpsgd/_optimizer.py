@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-import lpsgd_ext
-
 from ._base import LPOptimizer, defaults_of
 from ._compiled import new_buffer, traced_new_buffer
+from ._native import lpsgd_ext
 from ._unusual import Fresh, Lists, States
 from ._values import momentum_dtype_in, momentum_dtype_of, with_hints
 

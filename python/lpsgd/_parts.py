@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-import lpsgd_ext
-
+from ._native import lpsgd_ext
 from ._unusual import Part, observed, unusual_part
 from ._values import rounds_at_random
 

@@ -61,7 +61,7 @@ def suggest_pivot(optimizer: Optimizer) -> float:
     for group in optimizer.param_groups:
         for param in group["params"]:
             state = optimizer.state.get(param, {})
-            x = state.get("momentum_buffer") if "momentum" in group else param.grad
+            x = state.get("momentum_buffer") if "momentum_dtype" in group else param.grad
             if x is not None:
                 x = decoded(x, momentum_exponent_in(group)) if x.dtype == BYTE else x
                 x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

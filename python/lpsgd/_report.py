@@ -65,7 +65,7 @@ def momentum_report(optimizer: Optimizer) -> list[MomentumReport]:
         [MomentumReport(elements=4, at_largest=0.25, at_zero=0.25, largest=1.75, exponent=14)]
     """
     optimizer = innermost(optimizer)
-    if not all("pivot" in group and "momentum" in group for group in optimizer.param_groups):
+    if not all("pivot" in group and "momentum_dtype" in group for group in optimizer.param_groups):
         raise TypeError(f"momentum_report() needs an LPSGDM, not {type(optimizer).__name__}")
     return [_report_of(group, optimizer) for group in optimizer.param_groups]
 

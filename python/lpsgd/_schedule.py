@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 from torch.optim.optimizer import Optimizer
 
-import lpsgd_ext
-
+from ._native import lpsgd_ext
 from ._unusual import changes_nothing
 from ._values import check_integer, with_hints
 

@@ -40,7 +40,8 @@ def largest(tensor: Any) -> float:
     from torch.distributed.tensor import DTensor, Partial
 
     mesh = tensor.device_mesh
-    one = torch.full((), largest(local(tensor)), dtype=torch.float64, device=mesh.device_type)
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    one = torch.full((), largest(local(tensor)), dtype=dtype, device=mesh.device_type)
     return float(DTensor.from_local(one, mesh, [Partial("max")] * mesh.ndim).full_tensor())
 
 

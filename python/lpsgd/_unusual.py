@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, _get_capturable_supported_devices
 
-import lpsgd_ext
-
 from . import _eager, _shards
+from ._native import BY_CHOICE, FALLBACK, lpsgd_ext
 from ._values import (
     by_default,
+    check_ranges,
     check_values,
     is_on_cuda,
     momentum_dtype_in,
@@ -140,18 +140,20 @@ def _make(
 
 
 def check_capture(optimizer: Optimizer) -> None:
-    """Raises torch.optim's error where a step that is not capturable is being captured in a CUDA
-    graph: its replays would keep this step's lr and p."""
-    if torch.cuda.is_initialized():  # otherwise nothing is
+    """Raises torch.optim's error where a step that is not capturable is being captured in a graph:
+    its replays would keep this step's lr and p."""
+    if torch.cuda.is_initialized() or torch.xpu.is_initialized():  # otherwise nothing is
         _check_graph_capture(optimizer)
 
 
 def _check_may_make_state() -> None:
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "momentum buffers cannot be made while a CUDA graph is captured, as every replay would "
-            "set them to zero: make a step before the capture"
-        )
+    for module in (torch.cuda, torch.xpu):
+        is_capturing = getattr(module, "is_current_stream_capturing", None)  # older ones lack XPU's
+        if module.is_initialized() and is_capturing and is_capturing():
+            raise RuntimeError(
+                "momentum buffers cannot be made while a graph is captured, as every replay would "
+                "set them to zero: make a step before the capture"
+            )
 
 
 def has_found_inf(optimizer: Optimizer) -> bool:
@@ -386,7 +388,7 @@ def _is_native(row: Row, places: Sequence[Span | None]) -> bool:
     return (
         device.type in ("cpu", "cuda")
         and not row.shares
-        and _cuda_refusal(device) is None
+        and _refusal(device) is None
         and grad.dtype == param.dtype in _NATIVE_DTYPES
         and all(_has_native_memory(param, tensor) for tensor in row.tensors)
         # PyTorch's operations could not step it on a GPU either: there C refuses it.
@@ -395,8 +397,10 @@ def _is_native(row: Row, places: Sequence[Span | None]) -> bool:
     )
 
 
-def _cuda_refusal(device: torch.device) -> str | None:
-    """Why the C kernels don't run on this device, if it is a CUDA device."""
+def _refusal(device: torch.device) -> str | None:
+    """Why the C kernels don't run on this device, if it is one that they are for."""
+    if FALLBACK and device.type in ("cpu", "cuda"):
+        return FALLBACK
     if device.type != "cuda":
         return None
     if torch.version.hip:
@@ -430,11 +434,12 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _warn_of_fallback(rows: Iterable[Row]) -> None:
-    """Says once for a device that the C kernels cannot be used there, and why."""
+    """Says once, or once for a device, that the C kernels cannot be used there, and why."""
     for device, _ in _by_device(rows):
-        refusal = _cuda_refusal(device)
-        if refusal:
-            _warn_once(f"PyTorch's operations step on {device}: {refusal}")
+        refusal = _refusal(device)
+        if refusal and not BY_CHOICE:
+            where = "" if FALLBACK else f" on {device}"
+            _warn_once(f"PyTorch's operations step{where}: {refusal}")
 
 
 @functools.cache
@@ -485,12 +490,15 @@ def _fallback_calls(
 
 
 def _for_eager(group: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a group as _eager takes them: numbers, except where tensors have to stay."""
+    """Values of a group as _eager takes them: numbers, except where tensors have to stay. Checks
+    them."""
     keep = ("lr", "weight_decay") if group["differentiable"] or group["capturable"] else ()
-    return {
+    numbers = {
         name: value.item() if isinstance(value, Tensor) and name not in keep else value
         for name, value in values.items()
     }
+    check_ranges(numbers)
+    return numbers
 
 
 def _eager_calls(
@@ -547,6 +555,9 @@ def _refuse_fused(
     """Raises what is wrong with rows that C cannot step although `fused=True`: in torch.optim's
     words, or else in those of C, which has refused `whole`, the step of the whole list."""
     supported = ["cpu", "cuda"] if lpsgd_ext.build_info()["cuda"] else ["cpu"]
+    why = ""
+    if FALLBACK:
+        supported, why = [], f": {FALLBACK}"
     for row in rows:
         if row.tensors[1].layout != torch.strided:
             raise RuntimeError(_NO_SPARSE)
@@ -555,8 +566,9 @@ def _refuse_fused(
             raise RuntimeError(
                 "`fused=True` requires all the params to be floating point Tensors of "
                 f"supported devices: {supported} but {param.dtype} and {param.device.type}"
+                f"{why}"
             )
-        refusal = _cuda_refusal(param.device)
+        refusal = _refusal(param.device)
         if refusal:
             raise RuntimeError(f"`fused=True` cannot be used on {param.device}: {refusal}")
     if any(row.shares for row in rows):

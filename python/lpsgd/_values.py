@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight_decay": ("weight_decay value", lambda value: value >= 0.0),
     "eps": ("epsilon value", lambda value: value >= 0.0),
     "pivot": ("pivot value", lambda value: 0.0 < value < float("inf")),
+    "grad_scale": ("grad_scale", lambda value: 0.0 < value < float("inf")),
 }
 
 
@@ -76,9 +77,7 @@ def check_integer(name: str, value: Any, least: int) -> int:
 
 def check_values(values: dict[str, Any]) -> None:
     """Raises, naming the argument, for a value of a group that no step can use."""
-    for name in _RANGES:
-        if name in values:
-            _check_range(name, values[name])
+    check_ranges(values)
     in_bytes = momentum_dtype_in(values) is BYTE
     momentum_exponent_in(values)
     for name in ("seed", "rounding_step"):
@@ -95,6 +94,13 @@ def check_values(values: dict[str, Any]) -> None:
         for name in ("differentiable", "capturable"):  # replays would repeat the bits
             if chosen and values[name]:
                 raise RuntimeError(f"`{text}` does not support `{name}`")
+
+
+def check_ranges(values: dict[str, Any]) -> None:
+    """Raises, naming the argument, for a number out of its range."""
+    for name in _RANGES:
+        if name in values:
+            _check_range(name, values[name])
 
 
 def _check_range(name: str, value: Any) -> None:

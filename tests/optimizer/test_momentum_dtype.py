@@ -15,7 +15,7 @@ from torch.nn import Parameter
 import lpsgd
 import lpsgd_ext
 from helpers import bits, parameters, same_bits, set_grads, steps
-from lpsgd import _eager
+from lpsgd import _eager, _reference
 
 BYTE = torch.float8_e5m2
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -117,19 +117,19 @@ def test_every_float16_is_rounded_as_by_the_reference():
     "seed, step, stream, offset", [(0, 0, 0, 0), (-7, 5, 3, 11), (9, 1, 2, 63)]
 )
 def test_random_bytes_are_those_of_the_reference(seed, step, stream, offset):
-    drawn = _eager.random_bytes(torch.empty(200), seed, step, stream, offset)
+    drawn = _reference.random_bytes(torch.empty(200), seed, step, stream, offset)
     expected = [reference_byte(seed, step, stream, i) for i in range(offset, offset + 200)]
     assert drawn.tolist() == expected
     far = (1 << 38) - 20  # where an index of the hash passes 32 bits
-    drawn = _eager.random_bytes(torch.empty(40), seed, step, stream, far)
+    drawn = _reference.random_bytes(torch.empty(40), seed, step, stream, far)
     assert drawn.tolist() == [reference_byte(seed, step, stream, i) for i in range(far, far + 40)]
 
 
 def test_random_bytes_are_numbered_as_elements_lie_in_memory():
     param = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    drawn = _eager.random_bytes(param, 1, 2, 3, 4)
+    drawn = _reference.random_bytes(param, 1, 2, 3, 4)
     assert torch.equal(
-        drawn.permute(0, 2, 3, 1).flatten(), _eager.random_bytes(torch.empty(120), 1, 2, 3, 4)
+        drawn.permute(0, 2, 3, 1).flatten(), _reference.random_bytes(torch.empty(120), 1, 2, 3, 4)
     )
 
 
@@ -139,17 +139,17 @@ def test_random_bytes_are_balanced_and_uncorrelated(n):
     `-s` shows the figures of docs/memory.md: counts as chi-squared, whose mean is 255 and deviation
     22.6, and correlations in their standard deviations."""
     x = torch.empty(n)
-    drawn = _eager.random_bytes(x, 1, 2, 3, 0)
+    drawn = _reference.random_bytes(x, 1, 2, 3, 0)
     counts = drawn.bincount(minlength=256).double()
     chi_squared = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
     print(f"\n{n} bytes: chi-squared {chi_squared:.0f}")
     assert abs(chi_squared - 255) < 5 * math.sqrt(2 * 255)
     others = {
-        "the next step": lambda: _eager.random_bytes(x, 1, 3, 3, 0),
-        "the next parameter": lambda: _eager.random_bytes(x, 1, 2, 4, 0),
-        "the next seed": lambda: _eager.random_bytes(x, 2, 2, 3, 0),
-        "the lowest bits for the parameter": lambda: _eager.random_bits(x, 1, 2, 3, 0) & 0xFF,
-        "the highest": lambda: _eager.random_bits(x, 1, 2, 3, 0) >> 24,
+        "the next step": lambda: _reference.random_bytes(x, 1, 3, 3, 0),
+        "the next parameter": lambda: _reference.random_bytes(x, 1, 2, 4, 0),
+        "the next seed": lambda: _reference.random_bytes(x, 2, 2, 3, 0),
+        "the lowest bits for the parameter": lambda: _reference.random_bits(x, 1, 2, 3, 0) & 0xFF,
+        "the highest": lambda: _reference.random_bits(x, 1, 2, 3, 0) >> 24,
         **{
             f"the element {by} before": lambda by=by: drawn.roll(by)
             for by in (1, 2, 15, 16, 17, 32, 48, 64)
