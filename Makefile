@@ -15,8 +15,8 @@ TESTS ?=
 # A file stays in one process, for its tests share what they build.
 PYTEST := $(IN_VENV) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all mutants \
-    fuzz leaks test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden portable \
+.PHONY: help demo experiments experiments-small battery battery-small notebooks test test-all test-pure \
+    mutants fuzz leaks test-frameworks docs lib bench bench-save bench-compare gpu gpu-sanitize golden portable \
     exhaustive sanitize sanitize-gcc sanitize-clang coverage system-packages install wheel test-wheel \
     test-aarch64 clean FORCE
 
@@ -33,6 +33,10 @@ test: system-packages install ## the tests: 6 minutes; TESTS=tests/optimizer run
 
 test-all: system-packages install ## the full products and longer samples as well: 10 minutes
 	$(PYTEST) -m "" $(TESTS)
+
+# Without a compiler lpsgd works in PyTorch's operations: so it does here.
+test-pure: install ## the tests of optimizer and schedules without C: XXX minutes
+	LPSGD_NATIVE=0 $(PYTEST) -m "" $(or $(TESTS),tests/optimizer tests/schedules)
 
 mutants: system-packages install ## breaks the code in a hundred ways and says which test sees each: 20 minutes
 	$(IN_VENV) tests/mutants/run.py $(MUTANTS)
@@ -181,7 +185,7 @@ SOURCES := $(shell find csrc lpsgd_ext python \
     '(' -name __pycache__ -o -name '*.egg-info' -o -name '*.so' ')' -prune -o -print)
 $(VENV)/.installed: $(SOURCES) setup.py README.md $(VENV)/.options
 	rm -rf build/lib.* build/temp.* build/bdist.*
-	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet --force-reinstall --no-deps .
+	LPSGD_NATIVE=1 LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet --force-reinstall --no-deps .
 	touch $@
 
 # The variables that the module was built with (setup.py): others build it anew.
@@ -195,7 +199,7 @@ $(VENV)/.options: FORCE
 $(VENV)/.torch: pyproject.toml
 	PYTHON=$(PYTHON) sh tests/system_packages.sh python
 	$(PYTHON) -m venv $(VENV)
-	LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
+	LPSGD_NATIVE=1 LPSGD_WERROR=1 $(IN_VENV) -m pip install --quiet $(if $(TORCH),"torch==$(TORCH)") \
 	    ".[bench,demo,experiments,notebooks,test$(if $(TORCH),,,vision)]"
 	$(if $(TORCH),$(IN_VENV) -m pip uninstall --quiet --yes torchvision)
 	$(OPTIONS) >$(VENV)/.options

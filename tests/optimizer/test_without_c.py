@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps in PyTorch's operations: where there is no lpsgd_ext, and on devices that it knows nothing of.
+"""Steps in PyTorch's operations: without lpsgd_ext, and on devices that it knows nothing of.
 
 `make test-pure` runs all of tests/optimizer and tests/schedules without lpsgd_ext.
 """
@@ -31,14 +31,14 @@ params = [torch.nn.Parameter(torch.ones(3, dtype=d)) for d in (torch.float32, to
 for param in params:
     param.grad = torch.ones_like(param)
 optimizers = [lpsgd.LPSGD(params), lpsgd.LPSGDM(params), lpsgd.LPSGDM(params, fused=True)]
-with pytest.warns(UserWarning, match="PyTorch's operations step: lpsgd was installed without") as seen:
+with pytest.warns(UserWarning, match="PyTorch's operations step: lpsgd was installed") as seen:
     optimizers[0].step()
 assert len(seen) == 1 and lpsgd.build_info()["fallback"] in str(seen[0].message)
 optimizers[1].step()
 assert all((param < 1.0).all() for param in params)
 wording = (
-    r"`fused=True` requires all the params to be floating point Tensors of supported devices: \\[\\] "
-    r"but torch\\.float32 and cpu: lpsgd was installed without lpsgd_ext"
+    r"`fused=True` requires all the params to be floating point Tensors of supported devices: "
+    r"\\[\\] but torch\\.float32 and cpu: lpsgd was installed without lpsgd_ext"
 )
 with pytest.raises(RuntimeError, match=wording):
     optimizers[2].step()

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""The package's builds: wheel, sdist, other compilers, no OpenMP."""
+"""The package's builds: wheel, sdist, other compilers or none, no OpenMP."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
+from pathlib import Path
 
 import pytest
 
 import lpsgd
 from helpers import ROOT, quick_compiler, run, tool
 
+NEEDS = "lpsgd_ext needs a C compiler and Python's headers: apt install gcc python3-dev (Debian, "
 SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md"]
 SOURCES += ["MANIFEST.in", "CHANGELOG.md"]
 QUERY = """
@@ -160,13 +164,113 @@ def test_build_without_a_compiler_that_works_names_the_packages_to_install(sourc
     assert "apt install gcc python3-dev" in last
 
 
-def test_build_for_a_free_threaded_python_says_that_there_is_none(source):
-    """The stand-in for such a Python is one that says so of itself."""
-    code = "import runpy, sys, sysconfig; sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1; "
-    code += "sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
-    build = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
-    assert build.returncode == 1
-    assert build.stderr.startswith("lpsgd_ext relies on the GIL and has no build for free-threaded")
+def setup_of(source, stand_in):
+    """The status and the messages of a setup.py to which Python seems to be another one."""
+    code = (
+        f"import runpy, setuptools, sys, sysconfig; {stand_in}; sys.argv = ['setup.py', '--name']"
+    )
+    code += "; runpy.run_path('setup.py', run_name='__main__')"
+    setup = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    return setup.returncode, setup.stderr
+
+
+WITHOUT = "lpsgd will work in PyTorch's operations, without lpsgd_ext: "
+FREE_THREADED = "sysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1"
+DARWIN = "sysconfig.get_config_vars(); sys.platform = 'darwin'"
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "why"),
+    [
+        (FREE_THREADED, "it relies on the GIL and has no build for free-threaded Pythons"),
+        (DARWIN, "it has never run on darwin"),
+        ("import os; os.environ['LPSGD_NATIVE'] = '0'", "LPSGD_NATIVE=0"),
+    ],
+    ids=["free-threaded", "macOS", "by choice"],
+)
+def test_where_lpsgd_ext_cannot_be_built_lpsgd_is_installed_without_it(source, stand_in, why):
+    status, message = setup_of(source, stand_in)
+    assert (status, message.startswith(WITHOUT + why)) == (0, True), message
+
+
+def test_lpsgd_ext_that_is_demanded_is_built_or_refused(source, monkeypatch):
+    monkeypatch.setenv("LPSGD_NATIVE", "1")
+    status, message = setup_of(source, FREE_THREADED)
+    assert status == 1
+    assert message.startswith("lpsgd_ext cannot be built: it relies on the GIL")
+    assert setup_of(source, DARWIN) == (0, "")
+
+
+def test_without_any_compiler_the_wheel_has_python_alone(source, tmp_path, monkeypatch):
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "cc").unlink()
+    setup = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    build = subprocess.run(setup, cwd=source, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    assert f"{WITHOUT}there is no C compiler. {NEEDS}" in build.stderr
+    (wheel,) = (source / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "lpsgd/_reference.py" in names and not [name for name in names if ".so" in name]
+    build = subprocess.run(
+        setup, cwd=source, env={**os.environ, "LPSGD_NATIVE": "1"}, capture_output=True, text=True
+    )
+    assert build.returncode == 1 and NEEDS in build.stderr.splitlines()[-1]
+
+
+def test_a_compiler_that_python_does_not_know_of_is_found(source, tmp_path, monkeypatch):
+    monkeypatch.delenv("CC")
+    (tmp_path / "only").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "only"))
+    clang = tmp_path / "only" / "clang"
+    clang.write_text(
+        '#!/bin/sh\nwhile [ "$1" ]; do if [ "$1" = -o ]; then : >"$2"; fi; shift; done\n'
+    )
+    clang.chmod(0o755)
+    run([sys.executable, "setup.py", "build_ext", "--inplace"], source, LPSGD_CUDA="0")
+    assert (source / "python" / "lpsgd_ext.abi3.so").read_bytes() == b""
+
+
+TRAINING = """
+import shutil, warnings, torch, lpsgd
+assert not [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
+assert "there was no C compiler" in lpsgd.build_info()["fallback"]
+torch.manual_seed(0)
+x = torch.randn(200, 8)
+y = x @ torch.randn(8, 1)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+optimizer = lpsgd.LPSGDM(model.parameters(), lr=0.01)
+schedule = lpsgd.CosineAnnealingP(optimizer, total_iters=100)
+losses = []
+with warnings.catch_warnings(record=True) as seen:
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+print(len(seen), seen[0].message, losses[0], losses[-1], lpsgd.__file__)
+assert len(seen) == 1 and losses[-1] < 0.2 * losses[0] and optimizer.param_groups[0]["p"] == 2.0
+"""
+
+
+@pytest.mark.full
+def test_a_fresh_environment_without_a_compiler_installs_and_trains(source, tmp_path, monkeypatch):
+    """It has this one's packages, but for lpsgd; pip and setuptools among them."""
+    fresh = tmp_path / "fresh"
+    venv.create(fresh, symlinks=True)
+    python = fresh / "bin" / "python"
+    in_fresh = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "lpsgd" not in path.name:
+            (Path(in_fresh.strip()) / path.name).symlink_to(path)
+    monkeypatch.delenv("CC")
+    alone = {"PATH": str(fresh / "bin"), "PYTHONPATH": ""}
+    pip = [python, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+    run([*pip, source], tmp_path, **alone)
+    assert str(fresh) in run([python, "-c", TRAINING], tmp_path, **alone)
 
 
 def test_module_exports_its_init_function_alone(source):
