@@ -19,6 +19,9 @@ CLASSES = [lpsgd.LPSGD, lpsgd.LPSGDM]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PS = [2.0, 2.5, 3.0, 6.0, 9.0, 100.0, math.inf]
 
+IN_C = lpsgd.build_info()["fallback"] is None  # not in `make test-pure`
+needs_c = pytest.mark.skipif(not IN_C, reason="PyTorch's operations do not promise it")
+
 needs_fma = pytest.mark.skipif(
     lpsgd_ext.cpu_capability() == "default"
     and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),

@@ -558,9 +558,9 @@ def _refuse_fused(
     why = ""
     if FALLBACK:
         supported, why = [], f": {FALLBACK}"
+    if any(row.tensors[1].layout != torch.strided for row in rows):
+        raise RuntimeError(_NO_SPARSE)
     for row in rows:
-        if row.tensors[1].layout != torch.strided:
-            raise RuntimeError(_NO_SPARSE)
         param = row.tensors[0]
         if param.device.type not in supported or param.dtype not in _NATIVE_DTYPES:
             raise RuntimeError(

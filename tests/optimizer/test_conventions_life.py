@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 from conventions import IMPLEMENTATIONS, implementations
-from helpers import CLASSES, bits, parameters, same_bits, set_grads, steps
+from helpers import CLASSES, bits, needs_c, parameters, same_bits, set_grads, steps
 
 
 @pytest.fixture
@@ -153,6 +153,7 @@ def threads():
     torch.set_num_threads(former)
 
 
+@needs_c
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("how", [{}, {"fused": True}, {"stochastic_rounding": True}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,6 +170,7 @@ def test_one_two_and_three_threads_give_the_same_bits(cls, how, dtype, threads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@needs_c
 def test_a_forked_child_steps_with_the_bits_of_its_parent():
     # The tensors are made before the fork: PyTorch's own parallel operations hang after it.
     code = """

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lpsgd
 import lpsgd_ext
 from conventions import IMPLEMENTATIONS, configurations, implementations
-from helpers import CLASSES, DTYPES, PS, bits, parameters, same_bits, set_grads, steps
+from helpers import CLASSES, DTYPES, PS, bits, needs_c, parameters, same_bits, set_grads, steps
 
 EAGER = ("foreach", "forloop", "default")  # implementations that take what C refuses
 eager = pytest.mark.parametrize(
@@ -440,6 +440,7 @@ def test_a_mode_sees_the_operations_that_write_every_parameter(cls, how, mode, c
     assert not c_calls
 
 
+@needs_c
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_default_device_is_no_reason_to_leave_c(cls, c_calls):
     params = parameters()

@@ -9,7 +9,7 @@ from torch.optim import SGD
 import lpsgd
 import lpsgd_ext
 from conventions import IMPLEMENTATIONS
-from helpers import CLASSES, parameters, same_bits
+from helpers import CLASSES, needs_c, parameters, same_bits
 from helpers import set_grads as set_contiguous_grads
 
 SHAPES = (4, 4), (3,), (2, 5)
@@ -153,6 +153,7 @@ def test_a_gradient_may_be_another_parameters_memory(how):
     assert same_bits(buffers(optimizer, params[:2]), buffers(other, expected[:2]))
 
 
+@needs_c
 @classes
 def test_parameters_that_share_nothing_are_stepped_in_c_beside_those_that_do(cls, monkeypatch):
     params = tied_parameters("one Parameter")

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import lpsgd
-from helpers import CLASSES, run, same_bits
+from helpers import CLASSES, needs_c, run, same_bits
 
 # What all programs start with. `pair` makes an optimizer whose step is worth two threads.
 START = """
@@ -29,6 +29,7 @@ def program(code, **environment):
     return run([sys.executable, "-W", "error", "-c", START + code], **environment).split()
 
 
+@needs_c
 @pytest.mark.parametrize("cls", ["LPSGDM", pytest.param("LPSGD", marks=pytest.mark.full)])
 def test_ctrl_c_and_sigterm_come_after_a_step_and_leave_every_group_whole(cls):
     """Two groups step once for each step of the other: they are equal, however far they got."""
@@ -87,6 +88,7 @@ print(same(step(fourth), expected))
 """
 
 
+@needs_c
 @pytest.mark.parametrize(
     "before",
     [
@@ -190,6 +192,7 @@ def test_64_threads_may_step_one_optimizer():
     assert param.min() >= -64 * 20 and param.max() <= -20
 
 
+@needs_c
 @pytest.mark.parametrize(
     "daemon",
     [

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lpsgd
-from helpers import CLASSES, run
+from helpers import CLASSES, IN_C, run
 from lpsgd import _reference
 
 # lpsgd_ext is there again for the tests, which compare with it.
@@ -45,10 +45,14 @@ with pytest.raises(RuntimeError, match=wording):
 sys.exit(pytest.main(["-n0", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 # A few seconds of the two folders.
-SOME = ["tests/schedules/test_schedule.py", "tests/optimizer/test_oracle.py"]
+SOME = [
+    "tests/schedules/test_pivot.py",
+    "tests/schedules/test_schedule.py::test_after_k_steps_p_is_eq_19_at_k_plus_1_in_every_group",
+]
+SOME += [f"tests/optimizer/test_{name}.py" for name in ("amp", "family", "optimizer")]
 
 
-@pytest.mark.skipif(lpsgd.build_info()["fallback"] is not None, reason="runs them all anyway")
+@pytest.mark.skipif(not IN_C, reason="make test-pure runs all of them")
 def test_without_lpsgd_ext_one_warning_is_given_and_tests_pass():
     printed = run([sys.executable, "-c", WITHOUT, *SOME])
     assert "fused=True needs C" in printed and "passed" in printed

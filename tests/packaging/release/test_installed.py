@@ -44,6 +44,7 @@ def test_the_installed_package_is_what_is_tested():
     folder = Path(sysconfig.get_path("platlib"))
     assert folder in Path(lpsgd.__file__).parents
     assert Path(lpsgd_ext.__file__).parent == folder
+    assert lpsgd.build_info()["fallback"] is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a build may have no OpenMP")
