@@ -35,7 +35,7 @@ test-all: system-packages install ## the full products and longer samples as wel
 	$(PYTEST) -m "" $(TESTS)
 
 # Without a compiler lpsgd works in PyTorch's operations: so it does here.
-test-pure: install ## the tests of optimizer and schedules without C: XXX minutes
+test-pure: install ## the tests of optimizer and schedules without C: 4 minutes
 	LPSGD_NATIVE=0 $(PYTEST) -m "" $(or $(TESTS),tests/optimizer tests/schedules)
 
 mutants: system-packages install ## breaks the code in a hundred ways and says which test sees each: 20 minutes
