@@ -28,7 +28,7 @@ def run(*arguments):
 
 
 def test_quick_run_reports_every_part_and_can_report_it_again(tmp_path):
-    lists = ["62 x 1", "64k", "1 x 10", "1 x 30", "1 x 64", "10 x 64"]
+    lists = ["64k", "1 x 10", "1 x 30", "1 x 64", "10 x 64"]
     quick = ["--quick", "--lists", *lists]
     output = run("-m", "benchmarks.speed", *quick, "--output", tmp_path / "first")
     for heading in ("Targets", "Without momentum", "Other dtypes", "step() of", "import lpsgd"):
