@@ -89,7 +89,7 @@ def outcomes(records: Iterable[Record]) -> Iterator[Outcome]:
             record = by_setting.get(setting)
             wide = by_setting.get(replace(setting, dtype="float32"))
             for peer, at_most in target.at_most.items():
-                if record is None or wide is None:
+                if record is None or wide is None or target.own not in record.seconds:
                     continue  # no figures
                 if peer == MEMORY:
                     ratio = record.ratio(target.own, MEMORY, "SGD fused")
