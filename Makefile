@@ -42,8 +42,8 @@ mutants: system-packages install ## breaks the code in a hundred ways and says w
 	$(IN_VENV) tests/mutants/run.py $(MUTANTS)
 
 system-packages:
-	sh tests/system_packages.sh clang libfuzzer cmocka pkg-config qemu-user cross-aarch64 \
-	    cross-s390x
+	sh tests/system_packages.sh ccache clang libfuzzer cmocka pkg-config qemu-user \
+	    cross-aarch64 cross-s390x
 
 fuzz: export FUZZ_SECONDS := $(or $(FUZZ_SECONDS),60)
 fuzz: install ## runs each fuzzer for FUZZ_SECONDS, a minute if not said otherwise

@@ -268,8 +268,7 @@ LPSGD_INLINE lpsgd_cuda_random lpsgd_cuda_random_of(const lpsgd_cuda_tensor *t, 
             name##_steps(LPSGD_RULE_REST, &param, &grad, &m, t, v, tables, k);                     \
             break;                                                                                 \
         }                                                                                          \
-        if (k->rule != LPSGD_RULE_REST)                                                            \
-            *param_at = param;                                                                     \
+        *param_at = param;                                                                         \
         if (has_momentum)                                                                          \
             *m_at = m;                                                                             \
     }                                                                                              \
@@ -282,8 +281,7 @@ LPSGD_INLINE lpsgd_cuda_random lpsgd_cuda_random_of(const lpsgd_cuda_tensor *t, 
         M m = has_momentum ? ((M *)t->momentum_buffer)[i] : (M)0;                                  \
         step(dtype, momentum_dtype, k->rule, &param, (const T *)t->grad + i, &m, has_momentum,     \
              lpsgd_cuda_random_of(t, i, dtype, momentum_dtype, k), tables, k);                     \
-        if (k->rule != LPSGD_RULE_REST)                                                            \
-            ((T *)t->param)[i] = param;                                                            \
+        ((T *)t->param)[i] = param;                                                                \
         if (has_momentum)                                                                          \
             ((M *)t->momentum_buffer)[i] = m;                                                      \
     }                                                                                              \

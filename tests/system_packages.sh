@@ -13,6 +13,7 @@ has() {
 import os, sysconfig
 raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path('include'), 'Python.h')))" ;;
     python-debug) command -v python3-dbg ;;
+    ccache) command -v ccache ;;
     clang) command -v clang ;;
     clang-sanitizers) echo '#include <omp.h>' | clang -fopenmp -E - &&
         [ -e "$(clang -print-file-name="libclang_rt.asan-$(uname -m).so")" ] ;;
@@ -37,6 +38,7 @@ packages_of() {
     python-venv) echo python3-venv ;;
     python-dev) echo python3-dev ;;
     python-debug) echo python3-dbg ;;
+    ccache) echo ccache ;;
     clang) echo clang ;;
     clang-sanitizers) echo libclang-rt-dev libomp-dev ;;
     valgrind) echo valgrind ;;

@@ -196,7 +196,7 @@ def measure_all(args: argparse.Namespace) -> report.Results:
         width = 256 if args.quick else 2048
         results.states.extend(footprint.states(width, others=not args.quick))
     if "package" in parts:
-        results.package.update(footprint.package(2 if args.quick else 5))
+        results.package.update(footprint.package(1 if args.quick else 5))
     return results
 
 

@@ -20,6 +20,7 @@ from benchmarks.speed.timing import DISTURBED, Record, Setting
 from benchmarks.speed.training import Times
 
 OURS = "LPSGDM p=4"
+BYTE = "LPSGDM one byte"
 PEERS = ("SGD fused", "SGD foreach", "SGD", "AdamW fused", "AdamW foreach", "Lion")
 EAGER = ("eager LPSGDM", "eager LPSGDM for-loop", "eager LPSGDM compiled")
 WITHOUT_MOMENTUM = ("plain SGD fused", "plain SGD foreach", "plain SGD", "eager LPSGD")
@@ -225,6 +226,7 @@ def write(results: Results) -> str:
         ratio_table(f"**{OURS}'s time / peer's time**, median (quartiles)", fresh, PEERS),
         ratio_table(f"**{OURS} / eager**: PyTorch's operations", fresh, EAGER),
         ratio_table(f"**Other p**: {OURS} / another", fresh, ("LPSGDM p=2", "LPSGDM p=inf")),
+        ratio_table(f"**Momentum in one byte** / {OURS}, peers", fresh, (OURS, *PEERS), BYTE),
         ratio_table("**Without momentum**", fresh, WITHOUT_MOMENTUM, "LPSGD p=4"),
         ratio_table("**Other dtypes**", others, (*PEERS, "eager LPSGDM")),
         ratio_table("**Other caches**", [one for one in wide if one not in fresh], PEERS),

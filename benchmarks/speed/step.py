@@ -139,6 +139,9 @@ CONTENDERS: dict[str, MakeOptimizer] = {
         f"LPSGDM p={p:g}": partial(LPSGDM, lr=1e-3, p=p, weight_decay=1e-2, fused=True)
         for p in (2.0, 4.0, inf)
     },
+    "LPSGDM one byte": partial(
+        LPSGDM, lr=1e-3, p=4.0, weight_decay=1e-2, momentum_dtype=torch.float8_e5m2, fused=True
+    ),
     "SGD fused": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2, fused=True),
     "SGD foreach": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2, foreach=True),
     "SGD": partial(SGD, lr=1e-3, momentum=0.9, weight_decay=1e-2),

@@ -12,6 +12,7 @@ from benchmarks.speed.timing import Ratio, Record, Setting
 NETWORKS = ("ResNet-18", "ResNet-50", "ViT-B/16", "GPT-2")
 MEMORY = "memory"  # the faster of the loop over the same memory and SGD fused
 HALF = "itself in float32"
+WIDE = "LPSGDM p=4 in float32"
 
 
 class Target(NamedTuple):
@@ -34,7 +35,7 @@ def _peers(
     return peers if eager is None else {**peers, "eager LPSGDM": eager}
 
 
-_P2, _P4 = "LPSGDM p=2", "LPSGDM p=4"
+_P2, _P4, _BYTE = "LPSGDM p=2", "LPSGDM p=4", "LPSGDM one byte"
 TARGETS = [
     Target(NETWORKS, (1,), _P4, _peers(1.10, 0.85, 0.40, 0.09)),
     Target(NETWORKS, (2,), _P4, _peers(1.00, 0.70, 0.35, 0.09)),
@@ -47,8 +48,11 @@ TARGETS = [
     Target(("16M", "64M"), (2,), _P4, {MEMORY: 1 / 0.85}),
     Target(("ResNet-50", "16M"), (1,), _P4, {HALF: 1.00}, "bfloat16"),
     Target(("ResNet-50", "16M"), (2,), _P4, {HALF: 0.85}, "bfloat16"),
+    Target((*NETWORKS[1:], "1M", "16M", "64M"), (1,), _BYTE, {_P4: 1.10}),
+    Target((*NETWORKS[1:], "1M", "16M", "64M"), (2,), _BYTE, {_P4: 1.03}),
+    Target(("ResNet-50", "16M"), (1, 2), _BYTE, {WIDE: 0.90}, "bfloat16"),
 ]
-CONTENDERS = (_P2, _P4, "SGD fused", "AdamW fused", "SGD foreach", "eager LPSGDM", MEMORY)
+CONTENDERS = (_P2, _P4, _BYTE, "SGD fused", "AdamW fused", "SGD foreach", "eager LPSGDM", MEMORY)
 
 
 class Outcome(NamedTuple):
@@ -85,13 +89,14 @@ def outcomes(records: Iterable[Record]) -> Iterator[Outcome]:
             record = by_setting.get(setting)
             wide = by_setting.get(replace(setting, dtype="float32"))
             for peer, at_most in target.at_most.items():
-                if record is None or wide is None:
+                if record is None or wide is None or target.own not in record.seconds:
                     continue  # no figures
                 if peer == MEMORY:
                     ratio = record.ratio(target.own, MEMORY, "SGD fused")
-                elif peer == HALF:
+                elif peer in (HALF, WIDE):
                     # The loop over the same memory takes half as long: it has half the bytes.
-                    ratio = _quotient(*(one.ratio(target.own, MEMORY) for one in (record, wide)))
+                    own = record.ratio(target.own, MEMORY)
+                    ratio = _quotient(own, wide.ratio(_P4 if peer == WIDE else target.own, MEMORY))
                     ratio = Ratio(*(figure / 2 for figure in ratio))
                 else:
                     ratio = record.ratio(target.own, peer)

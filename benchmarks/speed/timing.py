@@ -82,13 +82,14 @@ class Record:
 
 
 def share_state(optimizers: Sequence[Any]) -> None:
-    """Lets optimizers of the same parameters use one tensor for what they call by one name: the
-    memory stays small, and no contender's buffers lie better than another's."""
-    shared: dict[tuple[Tensor, str], Any] = {}
+    """Lets optimizers of the same parameters use one tensor for what they call by one name, if it
+    has one dtype: the memory stays small, and no contender's buffers lie better than another's."""
+    shared: dict[tuple[Tensor, str, object], Any] = {}
     for optimizer in optimizers:
         for param, state in getattr(optimizer, "state", {}).items():
             for name, value in state.items():
-                state[name] = shared.setdefault((param, name), value)
+                key = param, name, getattr(value, "dtype", None)
+                state[name] = shared.setdefault(key, value)
 
 
 def cpu_seconds() -> float:

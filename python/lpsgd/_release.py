@@ -68,6 +68,7 @@ def release_gradients(
         come to, and no others; `optimizer.step()` or `optimizer.zero_grad()` ends that step.
 
     Example:
+        >>> import torch
         >>> from lpsgd import LPSGDM
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = LPSGDM(model.parameters(), lr=0.01)

@@ -3,7 +3,8 @@
  * golden.c: the contract of bits across machines. Steps a fixed data set with every float type whose
  * bits are promised, for every cutting of the data and number of threads alike, and compares one
  * checksum of all results with the one below. Needs no test library, so that it can be compiled for
- * any processor. golden [CAPABILITY] also fails unless the steps run on that instruction set.
+ * any processor. golden [CAPABILITY] also fails unless the steps run on that instruction set;
+ * golden CAPABILITY whole leaves the cuttings out, for an emulator, which takes long.
  *
  * CUDA_GRID: the steps are those of the CUDA kernels' source, on an emulated grid of as many blocks
  * as there would be threads.
@@ -65,13 +66,15 @@ static uint64_t run(test_kind kind, const lpsgd_hyper *hyper, int has_momentum, 
     return checksum;
 }
 
+static int cuttings = 3;
+
 /* The same from every cutting and number of threads, which clears *same where it isn't. */
 static uint64_t run_all_ways(test_kind kind, const lpsgd_hyper *hyper, int has_momentum,
                              data_set data, int *same)
 {
     static const int64_t pieces[] = {37, 1000, 50000};
     const uint64_t whole = run(kind, hyper, has_momentum, data, data.total, 1);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < cuttings; i++) {
         const int num_threads = i + 1; /* of use to long lists alone */
         if (run(kind, hyper, has_momentum, data, pieces[i], num_threads) != whole)
             *same = 0;
@@ -133,6 +136,8 @@ int main(int argc, char **argv)
 {
     static const int promised[2][5] = {{0, 2, 3, 4, 5}, {6, 7, 8, 9, 10}}; /* without float64 */
     int same = 1, right = 1;
+    if (argc == 3 && strcmp(argv[2], "whole") == 0)
+        cuttings = 0;
     for (int i = 0; i < 4; i++) {
         const uint64_t checksum =
             (i < 2 ? run_kinds : run_accumulating)(promised[i % 2], &same);

@@ -40,10 +40,10 @@ static void test_power_is_within_4_ulp_for_every_exponent(void **state)
                     mantissa = i * 0x7fffff;
                 worst = fmax(worst, power_error(lpsgd_float(exponent << 23 | mantissa), &k));
             }
-        for (int32_t mantissa = 0; mantissa < 1 << 23; mantissa++)
+        for (int32_t mantissa = r % 3; mantissa < 1 << 23; mantissa += 3)
             worst_in_octave =
                 fmax(worst_in_octave, power_error(lpsgd_float(127 << 23 | mantissa), &k));
-        print_message("rho %.4f: worst %.4f ulp over all exponents, %.4f over all of [1, 2)\n",
+        print_message("rho %.4f: worst %.4f ulp over all exponents, %.4f over a third of [1, 2)\n",
                       k.rho64, worst, worst_in_octave);
         assert_true(worst <= 4.0);
         assert_true(worst_in_octave <= 4.0);
@@ -192,7 +192,7 @@ static void test_float64_direction_is_within_3_ulp(void **state)
     uint64_t random = 4;
     for (int r = 0; r < rho_count; r++) {
         long double worst[2] = {0.0L, 0.0L}; /* where pow() suffices, and where its root is squared */
-        for (int i = 0; i < 400000; i++) {
+        for (int i = 0; i < 150000; i++) {
             const lpsgd_scalars k = scalars_for(rhos[r], i % 4 ? 0.0 : 1e-8);
             int64_t bits = (int64_t)(next_random(&random) >> 12);
             if (i % 8 == 1) /* subnormal */

@@ -44,8 +44,9 @@ LONG = ("check-guard-pages", "check-sanitize", "check-old-cpu")  # of other targ
 
 VARIABLES = {
     "check": ["CAPABILITIES=avx2 avx512"],  # the baseline's own few functions are seen by golden
-    "check-aarch64": ["CFLAGS=-O1"],  # `make golden` has every level, and this one compiles sooner
-    "check-s390x": ["CFLAGS=-O1"],
+    # `make golden` has every level, and this one compiles sooner; and the cuttings.
+    "check-aarch64": ["CFLAGS=-O1", "WHOLE=whole"],
+    "check-s390x": ["CFLAGS=-O1", "WHOLE=whole"],
     "check-sanitize": ["CC=gcc"],  # Debian's clang comes without the sanitizers' runtime
 }
 

@@ -253,7 +253,7 @@ static void test_every_kind_has_the_cpus_bits(void **state)
     (void)state;
     for (int d = 0; d < kind_count; d++) {
         test_list start = some_list(kinds[d]);
-        for (int i = 0; i < 2 * hyper_count; i += 5) {
+        for (int i = d % 2; i < 2 * hyper_count; i += 11) {
             const lpsgd_hyper hyper = hyper_number(i / 2);
             const lpsgd_cuda_target target = {.device = i % 2, .stream = double_stream(i % 2, i % 3)};
             start_ready(2);

@@ -56,7 +56,7 @@ static void test_step_is_the_plain_loop_for_all_hyper_parameters_and_sizes(void 
         for (int awkward = 0; awkward < 3; awkward++) {
             static const unsigned of_4096[] = {0, few_awkward, many_awkward};
             test_list start = make_list(kinds[d], numel, count, of_4096[awkward], 1);
-            for (int i = 0; i < hyper_count; i++) {
+            for (int i = (d + awkward) % 3; i < hyper_count; i += 3) { /* each with one of the three */
                 const lpsgd_hyper hyper = hyper_number(i);
                 assert_step_is_the_plain_loop(&start, &hyper, 0, &one, 1);
                 assert_step_is_the_plain_loop(&start, &hyper, 1, &one, 1);

@@ -28,7 +28,7 @@ def run(*arguments):
 
 
 def test_quick_run_reports_every_part_and_can_report_it_again(tmp_path):
-    lists = ["62 x 1", "64k", "1 x 10", "1 x 30", "1 x 64", "10 x 64"]
+    lists = ["64k", "1 x 10", "1 x 30", "1 x 64", "10 x 64"]
     quick = ["--quick", "--lists", *lists]
     output = run("-m", "benchmarks.speed", *quick, "--output", tmp_path / "first")
     for heading in ("Targets", "Without momentum", "Other dtypes", "step() of", "import lpsgd"):
@@ -130,11 +130,11 @@ def test_targets_are_judged_by_their_medians():
 
 def test_half_precision_is_compared_with_float32():
     wide = Record(Setting("16M", threads=2), SECONDS, 0.0)
-    half = Record(
-        Setting("16M", "bfloat16", 2), {"LPSGDM p=4": [3.0] * 3, "memory": [1.0] * 3}, 0.0
-    )
-    (one,) = (one for one in targets.outcomes([wide, half]) if one.peer == targets.HALF)
-    assert one.ratio.median == 0.75  # 3 times the memory's time, of half the bytes, against 2 times
+    times = {"LPSGDM p=4": [3.0] * 3, "LPSGDM one byte": [2.0] * 3, "memory": [1.0] * 3}
+    half = Record(Setting("16M", "bfloat16", 2), times, 0.0)
+    ratios = {one.peer: one.ratio.median for one in targets.outcomes([wide, half])}
+    assert ratios[targets.HALF] == 0.75  # 3 times that of half the memory, against 2 times
+    assert ratios[targets.WIDE] == 0.5
 
 
 def test_results_survive_json():

@@ -99,7 +99,7 @@ def test_signatures_can_be_inspected():
         *("params", "grads", "momentum_buffers", "lr", "p", "momentum", "weight_decay"),
         *("eps", "pivot", "maximize", "momentum_dtype", "momentum_exponent"),
         *("stochastic_rounding", "grad_scale", "found_inf", "seed", "step", "streams", "offsets"),
-        *("scratch", "dry_run"),
+        *("scratch", "dry_run", "accumulate", "continues", "momentum_only"),
     ]
     assert signature.parameters["eps"].default == 1e-8
     for name in ("lpsgd_", "rho", "cosine_p", "cpu_capability", "build_info"):

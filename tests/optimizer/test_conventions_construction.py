@@ -77,7 +77,7 @@ def test_the_package_shows_its_public_names_alone():
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_there_is_no_public_name_that_sgd_lacks(cls):
+def test_there_is_no_public_name_that_sgd_and_trainers_lack(cls):
     def public(thing):
         return {name for name in dir(thing) if not name.startswith("_")}
 
@@ -85,8 +85,9 @@ def test_there_is_no_public_name_that_sgd_lacks(cls):
     ours, theirs = cls(params), SGD(params)
     steps(ours, params, range(2))
     ours.load_state_dict(ours.state_dict())
-    assert public(cls) <= public(SGD)
-    assert public(ours) <= public(theirs)
+    by_hand = {"step_parameter", "supports_fused_back_pass"}  # of trainers that step in backward
+    assert public(cls) <= public(SGD) | by_hand
+    assert public(ours) <= public(theirs) | by_hand
 
 
 @configurations()

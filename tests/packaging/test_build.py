@@ -273,8 +273,8 @@ def test_a_fresh_environment_without_a_compiler_installs_and_trains(source, tmp_
     assert str(fresh) in run([python, "-c", TRAINING], tmp_path, **alone)
 
 
-def test_module_exports_its_init_function_alone(source):
-    build_module(source)
+def test_a_module_without_openmp_says_so_and_exports_its_init_function_alone(source):
+    assert build_module(source, LPSGD_OPENMP="0") == "[-0.5, -0.5, -0.5] False"
     (module,) = (source / "python").glob("*.so")
     symbols = run([tool("nm"), "-D", "--defined-only", module], source).split()
     assert symbols[2::3] == ["PyInit_lpsgd_ext"]
@@ -300,10 +300,6 @@ def test_the_changelog_begins_with_this_version():
     """A release is described before it is made (release/test_dist.py sees that it is new)."""
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] == lpsgd.__version__
-
-
-def test_build_without_openmp_says_so(source):
-    assert build_module(source, LPSGD_OPENMP="0") == "[-0.5, -0.5, -0.5] False"
 
 
 @pytest.mark.full  # and of `make sanitize`
