@@ -19,7 +19,9 @@ html_theme = "furo"
 html_theme_options = {"light_css_variables": {"code-font-size": "73%"}}  # 100 columns
 html_copy_source = False
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 myst_heading_anchors = 3  # links such as frameworks.md#timm
 nb_execution_mode = "off"  # `make test-all` runs them, `make notebooks` keeps their output
 default_role = "code"
