@@ -18,6 +18,8 @@ html_title = f"lpsgd {version}"
 html_theme = "furo"
 html_theme_options = {"light_css_variables": {"code-font-size": "73%"}}  # 100 columns
 html_copy_source = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 copybutton_prompt_text = r">>> |\.\.\. "
@@ -36,15 +38,22 @@ def write_formula(translator: HTML5Translator, node: nodes.math | nodes.math_blo
     raise nodes.SkipNode
 
 
-def leave_out_links(app: Sphinx, document: nodes.document) -> None:
-    """Links to files of the repository that are no pages become plain text."""
+PAGES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing"}  # which include the file
+
+
+def settle_links(app: Sphinx, document: nodes.document) -> None:
+    """Links to files of the repository go to their pages; without one they become plain text."""
     for link in document.findall(pending_xref):
-        here = Path(get_node_source(link) or "").parent
-        if link["reftype"] == "myst" and here.joinpath(link["reftarget"]).exists():
+        if link["reftype"] != "myst" or link.get("refdomain") == "doc":
+            continue
+        file = Path(get_node_source(link) or "").parent / link["reftarget"]
+        if file.name in PAGES:
+            link["refdomain"], link["reftarget"] = "doc", PAGES[file.name]
+        elif file.exists():
             link.replace_self(link[0])
 
 
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
     app.config.html_math_renderer = "mathml"
-    app.connect("doctree-read", leave_out_links)
+    app.connect("doctree-read", settle_links)

@@ -2,10 +2,12 @@
 """Every block of Python in README and on the site runs as it stands. pytest itself runs those with
 prompts; tests/frameworks and tests/distributed run those of the pages of these names."""
 
+import ast
 import re
 
 import pytest
 
+import lpsgd_ext
 from helpers import ROOT
 
 README = ROOT / "README.md"
@@ -28,3 +30,11 @@ def test_block_runs(code):
 
 def test_readme_is_short():
     assert len(README.read_text().splitlines()) <= 120
+
+
+def test_stub_says_what_the_module_says():
+    stub = ast.parse((ROOT / "python" / "lpsgd_ext-stubs" / "__init__.pyi").read_text())
+    for node in stub.body:
+        if isinstance(node, ast.FunctionDef):
+            said = getattr(lpsgd_ext, node.name).__doc__
+            assert ast.get_docstring(node).split() == said.split(), node.name
