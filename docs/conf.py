@@ -18,6 +18,7 @@ html_title = f"lpsgd {version}"
 html_theme = "furo"
 html_theme_options = {"light_css_variables": {"code-font-size": "73%"}}  # 100 columns
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 
@@ -34,7 +35,8 @@ autodoc_typehints = "none"  # the docstrings tell types and ranges
 def write_formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
     """Formulas as MathML, which browsers draw themselves: the site loads no script from afar."""
     block = isinstance(node, nodes.math_block)
-    translator.body.append(str(tex2mathml(node.astext(), as_block=block)))
+    formula = str(tex2mathml(node.astext(), as_block=block))
+    translator.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
 

@@ -14,7 +14,7 @@ import lpsgd
 from helpers import ROOT, quick_compiler, run, tool
 
 SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md"]
-SOURCES += ["MANIFEST.in", "CHANGELOG.md"]
+SOURCES += ["MANIFEST.in", "CHANGELOG.md", "LICENSE"]
 QUERY = """
 import sys, torch
 sys.path.insert(0, {path!r})
