@@ -50,7 +50,8 @@ def settle_links(app: Sphinx, document: nodes.document) -> None:
             continue
         file = Path(get_node_source(link) or "").parent / link["reftarget"]
         if file.name in PAGES:
-            link["refdomain"], link["reftarget"] = "doc", PAGES[file.name]
+            page = PAGES[file.name]
+            link.attributes.update(refdomain="doc", reftarget=page, reftargetid=None)
         elif file.exists():
             link.replace_self(link[0])
 
