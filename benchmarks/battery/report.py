@@ -22,25 +22,10 @@ from benchmarks.battery.problem import EPOCHS
 from benchmarks.battery.records import RESULTS, read
 from benchmarks.battery.statistics import Floats, bootstrap, holm, paired_test
 from benchmarks.paper.report import save
+from benchmarks.style import style
 
 SIGNIFICANT = 0.05
 UNITS = {"error": "error (%)", "perplexity": "perplexity", "rmse": "root mean square error"}
-# Colours that colour-blind readers can tell apart, and a line that tells relatives apart.
-STYLES = {
-    "AdamW": ("#0072B2", "-"),
-    "NAdamW": ("#0072B2", "--"),
-    "cautious AdamW": ("#0072B2", ":"),
-    "SGDM (Nesterov)": ("#E69F00", "-"),
-    "Lion": ("#999933", "-"),
-    "p=∞ (Signum)": ("#000000", "-"),
-    "p=∞ (one byte)": ("#000000", ":"),
-    "p=11 (PowerStep)": ("#882255", "-"),
-    "p=6": ("#CC79A7", "-"),
-    "p=6 (one byte)": ("#CC79A7", ":"),
-    "p 6→2": ("#009E73", "-"),
-    "p 6→2 (pivot)": ("#009E73", "--"),
-    "p 3→20 (pivot)": ("#D55E00", "--"),
-}
 LENGTHS = ", ".join(f"{epochs / EPOCHS:g}" for epochs in HORIZONS)
 METHOD = f"""
 - **A run** lasts {EPOCHS} epochs of a task's fixed number of steps. The lr rises for a tenth of
@@ -315,9 +300,9 @@ def task_tables(report: Report, task: str) -> str:
     return "\n\n".join(text)
 
 
-def style(name: str) -> dict[str, Any]:
+def look(name: str) -> dict[str, Any]:
     """How a contender's line is drawn."""
-    color, line = STYLES[name]
+    color, line = style(name)
     return {"color": color, "linestyle": line, "linewidth": 1.6, "label": name}
 
 
@@ -332,7 +317,7 @@ def draw_profile(axes: Axes, report: Report, track: str) -> None:
             ratios[name] += [cost / best for cost in own]
     for name, values in ratios.items():
         shares = np.arange(len(values) + 1) / max(len(values), 1)
-        axes.step([0.5, *sorted(values)], shares, where="post", **style(name))
+        axes.step([0.5, *sorted(values)], shares, where="post", **look(name))
     axes.set(xlim=(0.9, 2), ylim=(0, 1), xscale="log", title=track)
     ticks = (0.9, 1, 1.2, 1.5, 2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -349,7 +334,7 @@ def draw_lengths(axes: Axes, report: Report) -> None:
         done = [length for length in own if length is not None]
         shares = [sum(length <= at for length in done) / max(len(done), 1) for at in lengths]
         shift = 0.004 * (i - len(report.names) / 2)  # so that equal ones can be seen
-        axes.plot(lengths, np.array(shares) + shift, marker=".", **style(name))
+        axes.plot(lengths, np.array(shares) + shift, marker=".", **look(name))
     axes.set(xscale="log", ylim=(-0.05, 1.05), title="steps to tuned AdamW's cost")
     axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
     axes.minorticks_off()

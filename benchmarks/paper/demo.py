@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What LPSGD does, in two pictures and their tables: `python -m benchmarks.paper.demo`.
+"""What LPSGD does, in three pictures and their tables: `python -m benchmarks.paper.demo`.
 
-Writes quadratics.png, digits.png and digits.json into the output directory.
+Writes quadratics.png, digits-headline.png, digits.png and digits.json into the output directory.
 """
 
 import argparse

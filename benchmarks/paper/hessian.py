@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 from benchmarks.paper.config import Run, load
 from benchmarks.paper.records import dumps, rounded, write_whole
-from benchmarks.paper.report import Report, color_of, hessian_table, read, save
+from benchmarks.paper.report import Report, hessian_table, read, save
 from benchmarks.paper.sweep import results_directory, runs_of
 from benchmarks.paper.task import EVERYTHING, Batch, Task
 from benchmarks.paper.tasks import make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine
+from benchmarks.style import style
 
 JIT_WARNING = r"`torch\.jit\.\w+` is deprecated"  # of different categories
 
@@ -160,26 +161,26 @@ def draw(report: Report, moments: Mapping[str, Sequence[Moment]]) -> Figure:
     figure = plt.figure(figsize=(8, 3 + 1.5 * len(moments)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.5 * len(moments), 3))  # type: ignore[misc]
     epochs = [moment.epoch for moment in next(iter(moments.values()))]
-    panels = above.subplots(len(moments), len(epochs), squeeze=False, sharey=True)
-    colors = color_of(report.rows)
+    panels = above.subplots(len(moments), len(epochs), squeeze=False, sharex="col", sharey=True)
     for line, (name, at) in zip(panels, moments.items(), strict=True):
         for axes, moment in zip(line, at, strict=True):
             density = np.maximum(moment.density, 1e-6)
-            axes.fill_between(moment.grid, density, 1e-6, color=colors[name], alpha=0.7)
+            axes.fill_between(moment.grid, density, 1e-6, color=style(name)[0], alpha=0.7)
             axes.set(yscale="log", ylim=(1e-5, None))
             axes.tick_params(labelsize=7)
-        line[0].set_ylabel(name, color=colors[name], fontweight="bold", fontsize=9)
+        line[0].set_ylabel(name, color=style(name)[0], fontweight="bold", fontsize=9)
     for axes, epoch in zip(panels[0], epochs, strict=True):
         axes.set_title(f"epoch {epoch}", fontsize=10)
     above.supxlabel("eigenvalue of the Hessian", fontsize=9)
     left, middle, right = below.subplots(1, 3)
     for name, at in moments.items():
-        style = {"color": colors[name], "label": name, "linewidth": 1.8}
-        left.plot(epochs, [moment.largest for moment in at], ".-", **style)
-        middle.plot(epochs, [moment.flatness for moment in at], ".-", **style)
+        color, dashes = style(name)
+        look = {"color": color, "linestyle": dashes, "linewidth": 1.8}
+        left.plot(epochs, [moment.largest for moment in at], marker=".", **look)
+        middle.plot(epochs, [moment.flatness for moment in at], marker=".", **look)
         (row,) = report.only([name]).rows
         if name.startswith("LP") and np.isfinite(row.per_epoch("p")).all():
-            right.plot(np.arange(1, len(row.per_epoch("p")) + 1), row.per_epoch("p"), **style)
+            right.plot(np.arange(1, len(row.per_epoch("p")) + 1), row.per_epoch("p"), **look)
     left.set(yscale="log", xlabel="epoch", title="largest eigenvalue")
     middle.set(yscale="log", xlabel="epoch", title="flatness of the gradient")
     right.set(xlabel="epoch", title="p")

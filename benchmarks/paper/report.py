@@ -9,7 +9,6 @@ import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,24 +22,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
 
+from benchmarks.style import label_lines, style
+
 CAVEAT = (
     "The p-schedule is also a learning-rate decay: as p falls to 2, the update falls from about 1 "
     "to about |m|.\nWith a constant learning rate it thus has a decay that the others lack; with a "
     "cosine one it has two."
 )
-
-# Colours that colour-blind readers can tell apart (Okabe & Ito).
-COLORS = {
-    "SGD": "#E69F00",
-    "SGDM": "#D55E00",
-    "AdamW": "#0072B2",
-    "LPSGD 6→2": "#56B4E9",
-    "LPSGDM 6→2": "#009E73",
-    "LPSGDM p=6": "#CC79A7",
-    "LPSGDM p=∞": "#000000",
-    "Lion": "#999933",
-}
-MORE_COLORS = ("#882255", "#44AA99", "#AA4499", "#117733")
 
 
 @dataclass(frozen=True)
@@ -166,8 +154,8 @@ def table(report: Report) -> str:
         against = f" P against {reference.name} |" if reference else ""
         lines += [
             "",
-            f"| {lr_schedule} lr | lr | {report.label} |{against} training loss | seconds |",
-            "|---|---|---|" + ("---|" if reference else "") + "---|---|",
+            f"| {lr_schedule} lr | lr | {report.label} |{against} training loss |",
+            "|---|---|---|" + ("---|" if reference else "") + "---|",
         ]
         for row in rows:
             edge = "*" if row.at_edge else ""
@@ -177,50 +165,41 @@ def table(report: Report) -> str:
                     "" if row is reference else f"{welch(row.values, reference.values):.2g}"
                 )
             cells.append(f"{np.nanmean(row.per_epoch('loss')[-1]):.3g}")
-            cells.append(f"{row.per_epoch('seconds')[-1]:.3g}")
             lines.append("| " + " | ".join(cells) + " |")
     if any(row.at_edge for row in report.rows):
         lines += ["", "\\* at the edge of its grid, so perhaps not the best."]
     return "\n".join(lines)
 
 
-def color_of(rows: Sequence[Row]) -> dict[str, str]:
-    """A colour for each method."""
-    names = dict.fromkeys(row.name for row in rows)
-    free = cycle([*(COLORS[name] for name in COLORS if name not in names), *MORE_COLORS])
-    return {name: COLORS[name] if name in COLORS else next(free) for name in names}
-
-
-def style_of(row: Row) -> str:
-    """Dotted for a fixed p."""
-    return ":" if " p=" in row.name else "-"
-
-
-def draw_curves(axes: Axes, rows: Sequence[Row], metric: str, colors: Mapping[str, str]) -> None:
-    """A metric over epochs: the mean over seeds and, in a band, all of them.
+def draw_curves(axes: Axes, rows: Sequence[Row], metric: str) -> list[tuple[float, str, str]]:
+    """A metric over epochs: the median of the seeds and, in a band, all of them. Returns the
+    ends of the lines, for `label_lines`.
 
     Methods of fixed p are drawn without bands, which would hide the others.
     """
+    ends = []
     for row in rows:
         values = row.per_epoch(metric)
         values = values if values.ndim == 2 else values[:, None]
         epochs = np.arange(1, len(values) + 1)
         measured = ~np.isnan(values).all(axis=1)
         epochs, values = epochs[measured], values[measured]
-        style, color = style_of(row), colors[row.name]
-        axes.plot(epochs, values.mean(axis=1), style, color=color, linewidth=1.8, label=row.name)
-        if style == "-":
+        (color, line), middle = style(row.name), np.median(values, axis=1)
+        axes.plot(epochs, middle, line, color=color, linewidth=1.8)
+        ends.append((float(middle[-1]), row.name, color))
+        if " p=" not in row.name:
             low, high = values.min(axis=1), values.max(axis=1)
             axes.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
     axes.set(xlabel="epoch")
     axes.grid(alpha=0.3)
+    return ends
 
 
-def draw_values(axes: Axes, rows: Sequence[Row], report: Report, colors: Mapping[str, str]) -> None:
+def draw_values(axes: Axes, rows: Sequence[Row], report: Report) -> None:
     """What is measured, per method: every seed as a dot, the mean as a bar, figures beside them."""
     for place, row in enumerate(rows):
         jitter = np.linspace(-0.25, 0.25, len(row.values)) if len(row.values) > 1 else [0.0]
-        color = colors[row.name]
+        color, _ = style(row.name)
         axes.plot(row.values, place + np.array(jitter), ".", color=color, alpha=0.5, markersize=5)
         axes.plot([fmean(row.values)] * 2, [place - 0.4, place + 0.4], color=color, linewidth=3)
         digits = 1 if report.measure == "accuracy" else 3
@@ -232,9 +211,26 @@ def draw_values(axes: Axes, rows: Sequence[Row], report: Report, colors: Mapping
         )
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=False):  # shared axes have none
-        label.set(color=colors[row.name], fontweight="bold")
+        label.set(color=style(row.name)[0], fontweight="bold")
     axes.set(xlabel=report.label)
     axes.grid(alpha=0.3)
+
+
+def draw_headline(report: Report) -> Figure:
+    """The training loss, one panel per lr schedule; what rises above the start is cut off."""
+    columns = report.by_lr_schedule()
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(8, 3.4), layout="constrained", squeeze=False, sharey=True
+    )
+    ends = [draw_curves(*pair, "loss") for pair in zip(axes[0], columns.values(), strict=True)]
+    for panel, schedule in zip(axes[0], columns, strict=True):
+        panel.set(yscale="log", title=f"{schedule} learning rate")
+    start = max(row.per_epoch("loss")[0].max() for row in report.rows)
+    axes[0, 0].set(ylabel="training loss (nats)", ylim=(None, 1.5 * start))
+    for panel, names in zip(axes[0], ends, strict=True):
+        label_lines(panel, names)
+    figure.suptitle(f"{report.heading}:\nmedian and range of {report.seeds} seeds", fontsize=11)
+    return figure
 
 
 def draw_overview(report: Report) -> Figure:
@@ -242,7 +238,6 @@ def draw_overview(report: Report) -> Figure:
 
     The method names beside the values are the legend of all panels.
     """
-    colors = color_of(report.rows)
     columns = report.by_lr_schedule()
     figure = plt.figure(figsize=(8, 9), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=(4, 3.2, 2.8))
@@ -251,22 +246,22 @@ def draw_overview(report: Report) -> Figure:
     value_panels = parts[1].subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
     *step_panels, p_panel = parts[2].subplots(1, count + 1)
     for i, (schedule, column) in enumerate(columns.items()):
-        draw_curves(loss_panels[i], column, "loss", colors)
+        draw_curves(loss_panels[i], column, "loss")
         loss_panels[i].set(yscale="log", title=f"{schedule} learning rate")
-        draw_values(value_panels[i], column, report, colors)
+        draw_values(value_panels[i], column, report)
         if i:
             step_panels[i].sharey(step_panels[0])
-        draw_curves(step_panels[i], column, "update", colors)
+        draw_curves(step_panels[i], column, "update")
         step_panels[i].set(yscale="log")
         step_panels[i].set_title(f"{schedule} lr", fontsize=10)
     value_panels[0].invert_yaxis()
     loss_panels[0].set_ylabel("training loss (nats)")
     step_panels[0].set_ylabel("mean |Δθ| per step")
     with_p = [row for row in next(iter(columns.values())) if np.isfinite(row.per_epoch("p")).all()]
-    draw_curves(p_panel, [row for row in with_p if row.name.startswith("LP")], "p", colors)
+    draw_curves(p_panel, [row for row in with_p if row.name.startswith("LP")], "p")
     p_panel.set(ylabel="p")
     figure.suptitle(
-        f"{report.heading}:\nmean and range of {report.seeds} seeds, learning rates tuned on "
+        f"{report.heading}:\nmedian and range of {report.seeds} seeds, learning rates tuned on "
         "validation data"
     )
     figure.supxlabel(CAVEAT, fontsize=9)
@@ -276,15 +271,16 @@ def draw_overview(report: Report) -> Figure:
 def draw_steps(report: Report) -> Figure:
     """What a schedule of lr and one of p do to the steps, and what comes of it: one column per lr
     schedule."""
-    colors = color_of(report.rows)
     columns = report.by_lr_schedule()
     figure, axes = plt.subplots(
         3, len(columns), figsize=(8, 8), layout="constrained", squeeze=False, sharey="row"
     )
     for (above, middle, below), (schedule, column) in zip(axes.T, columns.items(), strict=True):
-        draw_curves(above, column, "u", colors)
-        draw_curves(middle, column, "update", colors)
-        draw_values(below, column, report, colors)
+        draw_curves(above, column, "u")
+        draw_curves(middle, column, "update")
+        if below is not axes[2, 0]:
+            below.sharex(axes[2, 0])
+        draw_values(below, column, report)
         above.set(yscale="log", title=f"{schedule} learning rate", xlabel="")
         middle.set(yscale="log")
     axes[0, 0].set_ylabel("mean |u|")
@@ -299,19 +295,18 @@ def draw_p_max(report: Report) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     annealed = [row for row in report.rows if row.name.endswith("→2")]
     annealed.sort(key=lambda row: float(row.settings["p"]))
-    x = np.arange(len(annealed))
+    x, color = np.arange(len(annealed)), style("LPSGDM 6→2")[0]
     for place, row in zip(x, annealed, strict=True):
-        axes.plot([place] * len(row.values), row.values, ".", color=COLORS["LPSGDM 6→2"], alpha=0.6)
-    axes.plot(x, [fmean(row.values) for row in annealed], color=COLORS["LPSGDM 6→2"], linewidth=2)
+        axes.plot([place] * len(row.values), row.values, ".", color=color, alpha=0.6)
+    axes.plot(x, [fmean(row.values) for row in annealed], color=color, linewidth=2)
     axes.set_xticks(x, [f"{float(row.settings['p']):g}" for row in annealed])
     others = [row for row in report.rows if row not in annealed]
-    colors = color_of(others)
     for row in others:
-        style, mean = style_of(row), fmean(row.values)
-        axes.axhline(mean, color=colors[row.name], linestyle=style, label=row.name)
+        own, line = style(row.name)
+        axes.axhline(fmean(row.values), color=own, linestyle=line)
     axes.set(xlabel="p_max of LPSGDM p_max→2", ylabel=report.label, title=report.heading)
-    figure.legend(loc="outside right center", fontsize=9)
     axes.grid(alpha=0.3)
+    label_lines(axes, [(fmean(row.values), row.name, style(row.name)[0]) for row in others])
     return figure
 
 
@@ -331,7 +326,6 @@ def draw_pivot(report: Report) -> Figure:
     rows = report.rows
     fixed = [row for row in rows if " p=" in row.name]
     pivot = best_pivot(fixed)
-    colors = color_of(rows)
     figure = plt.figure(figsize=(8, 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1)  # type: ignore[misc]
     panels = above.subplots(1, 2, sharey=True)
@@ -339,11 +333,12 @@ def draw_pivot(report: Report) -> Figure:
         for row in fixed:
             lrs, values = np.array(row.validation).T
             exponent = 1 / (float(row.settings["p"]) - 1)
-            axes.plot(lrs * kappa**exponent, values, ".-", color=colors[row.name])
+            color, line = style(row.name)
+            axes.plot(lrs * kappa**exponent, values, line, marker=".", color=color)
         axes.set(xscale="log", xlabel="lr", title=f"pivot {kappa:.2g}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(report.label.replace("test", "validation"))
-    draw_values(axes := below.subplots(), rows, report, colors)
+    draw_values(axes := below.subplots(), rows, report)
     axes.invert_yaxis()
     (sign,) = (row for row in fixed if float(row.settings["p"]) == float("inf"))
     figure.suptitle(
@@ -356,6 +351,7 @@ def draw_pivot(report: Report) -> Figure:
 
 
 FIGURES: dict[str, Callable[[Report], Figure]] = {
+    "headline": draw_headline,
     "overview": draw_overview,
     "steps": draw_steps,
     "p_max": draw_p_max,

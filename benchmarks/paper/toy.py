@@ -28,14 +28,13 @@ from torch.optim import SGD, Optimizer
 
 import lpsgd_ext
 from benchmarks.paper.report import save
+from benchmarks.style import style
 from lpsgd import LPSGD, CosineAnnealingP
 
 MINIMUM = (1.0, 4.0)
 # A start at a multiple of sign descent's step away from the minimum would hit it by chance.
 START = (-1.0, 0.52)
 SMALLEST_DRAWN_LOSS = 1e-12
-# Colours that colour-blind readers can tell apart (Okabe & Ito).
-COLORS = {"gradient descent": "#0072B2", "sign descent": "#E69F00", "LPSGD": "#009E73"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,8 @@ def draw_paths(axes: Axes, f: Quadratic) -> None:
     """The three paths over the contour lines of f."""
     draw_contours(axes, f)
     for name, path in paths(f).items():
-        marker = "." if f.steps <= 100 else None
-        axes.plot(*path.T.numpy(), color=COLORS[name], marker=marker, linewidth=1.5)
+        marker, (color, line) = "." if f.steps <= 100 else None, style(name)
+        axes.plot(*path.T.numpy(), line, color=color, marker=marker, linewidth=1.5)
     axes.annotate("start", START, (6, -3), textcoords="offset points", va="top")
     axes.annotate("minimum", MINIMUM, (8, 5), textcoords="offset points")
     title = f"{f.name} (curvatures {f.curvatures[0]:g}, {f.curvatures[1]:g})"
@@ -136,7 +135,8 @@ def draw_losses(axes: Axes, f: Quadratic) -> None:
     """The three losses over steps; those below the axis are left out."""
     for name, path in paths(f).items():
         label = f"{name} ({settings_of(f)[name]})"
-        axes.plot(f(path).numpy(), color=COLORS[name], linewidth=1.5, label=label)
+        color, line = style(name)
+        axes.plot(f(path).numpy(), line, color=color, linewidth=1.5, label=label)
     axes.set(xlabel="step", ylabel="loss f(a, b)", yscale="log", xlim=(0, f.steps))
     axes.set_ylim(bottom=SMALLEST_DRAWN_LOSS)
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
@@ -175,7 +175,7 @@ def direction(gradient: Tensor, p: float) -> Tensor:
 
 def draw_ball(axes: Axes, gradient: Tensor, p: float) -> None:
     """The unit ball, minus the gradient, and the point of the ball that is furthest along it."""
-    axes.plot(*ball(p).T, color=COLORS["LPSGD"], linewidth=1.5)
+    axes.plot(*ball(p).T, color=style("LPSGD")[0], linewidth=1.5)
     for vector, color in ((-gradient / gradient.norm(), "0.5"), (direction(gradient, p), "k")):
         arrow = {"arrowstyle": "->", "color": color, "linewidth": 1.5}
         x, y = vector.tolist()
@@ -187,7 +187,7 @@ def draw_moment(above: Axes, below: Axes, f: Quadratic, path: Tensor, step: int)
     """LPSGD's path until a step, and below it the ball whose steepest descent that step is."""
     p = lpsgd_ext.cosine_p(step + 1, f.steps, f.p_max)
     draw_contours(above, f)
-    above.plot(*path[: step + 1].T.numpy(), ".-", color=COLORS["LPSGD"], linewidth=1.5)
+    above.plot(*path[: step + 1].T.numpy(), ".-", color=style("LPSGD")[0], linewidth=1.5)
     above.set(xticks=[], yticks=[])
     above.set_title(f"step {step}, p = {p:.3g}", fontsize=10)
     point = path[step].clone().requires_grad_()

@@ -18,6 +18,7 @@ from benchmarks.speed.footprint import Memory, State
 from benchmarks.speed.step import LISTS
 from benchmarks.speed.timing import DISTURBED, Record, Setting
 from benchmarks.speed.training import Times
+from benchmarks.style import style
 
 OURS = "LPSGDM p=4"
 BYTE = "LPSGDM one byte"
@@ -242,20 +243,10 @@ def write(results: Results) -> str:
     return "\n".join(filter(None, sections))
 
 
-STYLES = {
-    OURS: ("C3", "-"),
-    "LPSGDM p=2": ("C1", "-"),
-    "SGD fused": ("C0", "-"),
-    "SGD foreach": ("C0", "--"),
-    "SGD": ("C0", ":"),
-    "AdamW fused": ("C2", "-"),
-    "AdamW foreach": ("C2", "--"),
-    "Lion": ("C4", "-"),
-    "eager LPSGDM": ("C5", "--"),
-    "eager LPSGDM for-loop": ("C5", ":"),
-    "eager LPSGDM compiled": ("C5", "-"),
-    "memory": ("0.5", "-"),
-}
+# Who is drawn: four in the bars, and the bound and ours beside them in the lines.
+HATCHES = {"-": None, "--": "///", ":": "..."}
+BARS = ("SGD fused", "AdamW fused", "SGD foreach", "eager LPSGDM")
+LINES = (OURS, *BARS, "memory")
 
 
 def _select(records: Iterable[Record], **values: object) -> list[Record]:
@@ -280,37 +271,34 @@ def _threads(number: int) -> str:
 def draw_bars(records: Sequence[Record]) -> Figure:
     """Peers' times in each list, as multiples of LPSGDM's."""
     panels = _by_threads(records)
-    names = [name for name in (*PEERS, *EAGER) if any(name in one.seconds for one in records)]
-    figure = Figure(figsize=(11, 3.6 * len(panels)), layout="constrained")
-    for axes, (threads, same) in zip(
-        figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
-    ):
+    names = [name for name in BARS if any(name in one.seconds for one in records)]
+    width = 0.8 / len(names)
+    figure = Figure(figsize=(8, 2.8 * len(panels)), layout="constrained")
+    subplots = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (threads, same) in zip(subplots, panels, strict=True):
         for i, name in enumerate(names):
             at = [j for j, record in enumerate(same) if name in record.seconds]
-            heights = [same[j].ratio(name, OURS).median for j in at]
-            color, style = STYLES[name]
-            hatch = {"-": None, "--": "///", ":": "..."}[style]
-            left = [j + (i - len(names) / 2) * 0.085 for j in at]
+            color, line = style(name)
             axes.bar(
-                left,
-                [height - 1 for height in heights],
-                width=0.085,
+                [j + (i - len(names) / 2) * width for j in at],
+                [same[j].ratio(name, OURS).median - 1 for j in at],
+                width=width,
                 bottom=1,
                 align="edge",
                 label=name,
                 facecolor=color,
                 edgecolor="white",
                 linewidth=0,
-                hatch=hatch,
+                hatch=HATCHES[line],
             )
-        axes.axhline(1, color=STYLES[OURS][0])
+        axes.axhline(1, color="black", linewidth=1)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xticks(range(len(same)), [record.setting.list for record in same])
+        axes.set_xticks(range(len(same)), [record.setting.list for record in same], fontsize=9)
         axes.set_ylabel(f"time / that of {OURS}")
         axes.set_title(_threads(threads), loc="left")
         axes.grid(axis="y", alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*subplots[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -322,13 +310,14 @@ def _draw_lines(
 ) -> None:
     """A line for every contender that all records have."""
     ordered = sorted(records, key=lambda one: x(one.setting))
-    for name, (color, style) in STYLES.items():
+    for name in LINES:
         if all(name in one.seconds for one in ordered):
+            color, line = style(name)
             axes.plot(
                 [x(one.setting) for one in ordered],
                 [y(one, name) for one in ordered],
                 marker=".",
-                linestyle=style,
+                linestyle=line,
                 color=color,
                 label=name,
             )
@@ -390,6 +379,7 @@ def draw_tensors(records: Sequence[Record]) -> Figure:
 def draw_threads(records: Sequence[Record]) -> Figure:
     """How many times faster some threads are than one."""
     lists = list(dict.fromkeys(one.setting.list for one in records))
+    lists = [name for name in lists if len(_select(records, list=name)) > 1] or lists
     figure = Figure(figsize=(3.7 * len(lists), 4), layout="constrained")
     subplots = figure.subplots(1, len(lists), sharey=True, squeeze=False)[0]
     for axes, name in zip(subplots, lists, strict=True):

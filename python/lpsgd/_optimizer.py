@@ -17,7 +17,13 @@ from ._values import momentum_dtype_in, momentum_dtype_of, with_hints
 class LPSGD(LPOptimizer):
     r"""LPSGD: steepest descent between the :math:`\ell_2` and the :math:`\ell_\infty` norm.
 
-    For every element, with :math:`\rho = (p - 2) / (p - 1)` (arXiv:2606.02078, eq 20 to 22):
+    The rule, for every element by itself::
+
+        rho = (p - 2) / (p - 1)
+        u = grad / (|grad| + eps) ** rho * pivot ** (-1 / (p - 1))
+        param = (1 - lr * weight_decay) * param - lr * u
+
+    In the letters of arXiv:2606.02078 (eq 20 to 22), with :math:`\kappa` for pivot:
 
     .. math::
         u = g / (|g| + \epsilon)^\rho \cdot \kappa^{-1/(p-1)}, \qquad
@@ -35,25 +41,35 @@ class LPSGD(LPOptimizer):
         params: parameters, named parameters or groups of them, as for torch.optim. Any shape;
             float32, float64, bfloat16 or float16 on the CPU run in C, the rest in PyTorch's
             operations.
-        lr: learning rate :math:`\eta \geq 0`, a number or a Tensor of one element.
-        p: the norm, :math:`2 \leq p \leq \infty`.
-        weight_decay: decoupled weight decay :math:`\lambda \geq 0` (torch.optim.SGD's is coupled).
-        eps: :math:`\epsilon \geq 0`.
-        pivot: :math:`\kappa > 0`, the gradient at which :math:`|u| = 1` for every p. 1 is the
-            paper; `suggest_pivot`, or about 1e-4, keeps the step from shrinking as p goes to 2.
-        maximize: maximize the objective instead of minimizing it.
-        foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one.
+        lr: learning rate :math:`\eta \geq 0`, a number or a Tensor of one element (default: 1e-3).
+            Try 0.01 with p from 6 to 2 or p = 6, and 0.001 with p = inf. SGD's 0.1 is far too
+            large for both.
+        p: the norm, :math:`2 \leq p \leq \infty` (default: 6). With a constant lr let
+            `CosineAnnealingP` take it to 2; with an lr that decays keep it at 6 or inf.
+        weight_decay: decoupled weight decay :math:`\lambda \geq 0` (default: 0). AdamW's value
+            times AdamW's lr / lr shrinks weights as much; torch.optim.SGD's is coupled, and means
+            something else.
+        eps: :math:`\epsilon \geq 0` (default: 1e-8). Leave it; 0 makes p = inf the exact sign.
+        pivot: :math:`\kappa > 0`, the gradient at which :math:`|u| = 1` for every p (default: 1,
+            the paper). `suggest_pivot`, or about 1e-4, keeps the step from shrinking with p.
+        maximize: maximize the objective instead of minimizing it (default: False).
+        foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one (default:
+            None, C wherever it can). Leave it, except for comparisons.
         capturable: the step may be captured in a CUDA graph, whose replays read a Tensor lr or p on
-            the device anew; a number stays what it was. Otherwise a capture raises.
-        differentiable: autograd goes through the step, also to a Tensor lr or weight_decay.
+            the device anew; a number stays what it was (default: False, a capture raises).
+        differentiable: autograd goes through the step, also to a Tensor lr or weight_decay
+            (default: False). For meta-learning; slow.
         fused: True demands the C kernels and raises where they can't be used; None takes them
-            wherever they can; False never does.
+            wherever they can; False never does (default: None). Set True to find out what keeps a
+            step from being fast.
         stochastic_rounding: round bfloat16 results up or down at random such that the mean is
-            exact; other dtypes are rounded to nearest. The random bits depend on seed, on the
+            exact; other dtypes are rounded to nearest (default: False). Set True for bfloat16
+            parameters, which otherwise lose small updates. The random bits depend on seed, on the
             number of the step (`rounding_step` in the group), on the number of the parameter in
             the optimizer and on the index of the element alone: not on threads, nor on the
             sharding of a DTensor.
-        seed: an int. All replicas of a parameter need the same.
+        seed: an int (default: 0) that the random bits depend on. All replicas of a parameter need
+            the same.
 
     Raises:
         ValueError, TypeError: for arguments out of range. `step` raises them too, and
@@ -106,7 +122,14 @@ class LPSGD(LPOptimizer):
 class LPSGDM(LPOptimizer):
     r"""LPSGDM: LPSGD on an exponential average of the gradient, with decoupled weight decay.
 
-    For every element, with :math:`\rho = (p - 2) / (p - 1)` (arXiv:2606.02078, eq 20 and 23 to 25):
+    The rule, for every element by itself::
+
+        rho = (p - 2) / (p - 1)
+        m = momentum * m + (1 - momentum) * grad
+        u = m / (|m| + eps) ** rho * pivot ** (-1 / (p - 1))
+        param = (1 - lr * weight_decay) * param - lr * u
+
+    In the letters of arXiv:2606.02078 (eq 20 and 23 to 25), with :math:`\kappa` for pivot:
 
     .. math::
         m \leftarrow \beta m + (1 - \beta) g, \qquad
@@ -114,22 +137,54 @@ class LPSGDM(LPOptimizer):
         \theta \leftarrow (1 - \eta \lambda) \theta - \eta u
 
     p = 2 is `torch.optim.SGD(momentum=beta, dampening=beta)` from a zero buffer, p = inf is Signum.
-    The state of a parameter is `momentum_buffer`, as for torch.optim.SGD.
+    The state of a parameter is `momentum_buffer`, m, as for torch.optim.SGD.
+
+    Note:
+        :math:`|u|` is about 1 for large p and :math:`|m|` for p = 2, so the schedule of p is also
+        a decay of the step. With an lr that decays by itself, keep p fixed or set `pivot`.
 
     Args:
-        momentum: :math:`0 \leq \beta < 1`.
+        params: parameters, named parameters or groups of them, as for torch.optim. Any shape;
+            float32, float64, bfloat16 or float16 on the CPU run in C, the rest in PyTorch's
+            operations.
+        lr: learning rate :math:`\eta \geq 0`, a number or a Tensor of one element (default: 1e-3).
+            Try 0.01 with p from 6 to 2 or p = 6, and 0.001 with p = inf. SGD's 0.1 is far too
+            large for both.
+        p: the norm, :math:`2 \leq p \leq \infty` (default: 6). With a constant lr let
+            `CosineAnnealingP` take it to 2; with an lr that decays keep it at 6 or inf.
+        momentum: :math:`0 \leq \beta < 1` (default: 0.9). Leave it; 0 is LPSGD.
+        weight_decay: decoupled weight decay :math:`\lambda \geq 0` (default: 0). AdamW's value
+            times AdamW's lr / lr shrinks weights as much; torch.optim.SGD's is coupled, and means
+            something else.
+        eps: :math:`\epsilon \geq 0` (default: 1e-8). Leave it; 0 makes p = inf the exact sign.
+        pivot: :math:`\kappa > 0`, the :math:`|m|` at which :math:`|u| = 1` for every p (default: 1,
+            the paper). `suggest_pivot`, or about 1e-4, keeps the step from shrinking with p.
+        maximize: maximize the objective instead of minimizing it (default: False).
+        foreach: True forces PyTorch's `torch._foreach_*` operations, False one by one (default:
+            None, C wherever it can). Leave it, except for comparisons.
+        capturable: as for :class:`LPSGD` (default: False). Set True to capture a CUDA graph.
+        differentiable: as for :class:`LPSGD` (default: False). For meta-learning; slow.
+        fused: True demands the C kernels and raises where they can't be used; None takes them
+            wherever they can; False never does (default: None). Set True to find out what keeps a
+            step from being fast.
         momentum_dtype: the dtype of the momentum_buffer of float32, bfloat16 and float16 parameters
-            (others have their own): None for their own, torch.float32, torch.bfloat16 (rounded
-            stochastically with stochastic_rounding) or torch.float8_e5m2, one byte. That is always
-            rounded stochastically, by random bits that depend on what stochastic_rounding's do,
-            and excludes `capturable` and `differentiable`.
-        momentum_exponent: an int of at most 126 in magnitude. A momentum_buffer of one byte holds
-            :math:`m \cdot 2^\text{momentum_exponent}`, which stays within 57344 in magnitude. With
-            15 that is 1.75 for m; below :math:`2^{-29}` bits are lost, and all below
-            :math:`2^{-31}`, but for their mean. `momentum_report` says whether it fits.
+            (others have their own): None for their own (default), torch.float32, torch.bfloat16
+            (rounded stochastically with stochastic_rounding) or torch.float8_e5m2, one byte. Take
+            one byte to save memory: it is not shown to train worse. It is always rounded
+            stochastically, by random bits that depend on what stochastic_rounding's do, and
+            excludes `capturable` and `differentiable`.
+        momentum_exponent: an int of at most 126 in magnitude (default: 15). A momentum_buffer of
+            one byte holds :math:`m \cdot 2^\text{momentum_exponent}`, which stays within 57344 in
+            magnitude. With 15 that is 1.75 for m; below :math:`2^{-29}` bits are lost, and all
+            below :math:`2^{-31}`, but for their mean. `momentum_report` says whether it fits.
+        stochastic_rounding: as for :class:`LPSGD` (default: False). Set True for bfloat16
+            parameters, which otherwise lose small updates.
+        seed: an int (default: 0) that the random bits depend on. All replicas of a parameter need
+            the same.
 
-    The other arguments, the note on lr and the errors are those of :class:`LPSGD`; eps and pivot
-    refer to :math:`|m|`.
+    Raises:
+        ValueError, TypeError: for arguments out of range. `step` raises them too, and
+            RuntimeError, for tensors it cannot update; then no tensor has changed.
 
     Example:
         >>> from lpsgd import CosineAnnealingP

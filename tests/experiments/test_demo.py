@@ -23,7 +23,7 @@ def test_quick_demo_trains_every_optimizer_and_draws(tmp_path):
     output = run("benchmarks.paper.demo", "--quick", "--output", tmp_path)
     for name in ("SGD", "SGDM", "AdamW", "LPSGD 6→2", "LPSGDM 6→2"):
         assert output.count(f"\n| {name} |") == 2, name
-    for picture in ("quadratics.png", "digits.png"):
+    for picture in ("quadratics.png", "digits-headline.png", "digits.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "digits.json").read_text())["results"]
     for result in results:

@@ -18,7 +18,7 @@ from helpers import ROOT, quick_compiler, run, tool
 
 NEEDS = "lpsgd_ext needs a C compiler and Python's headers: apt install gcc python3-dev (Debian, "
 SOURCES = ["csrc", "lpsgd_ext", "python", "setup.py", "pyproject.toml", "README.md"]
-SOURCES += ["MANIFEST.in", "CHANGELOG.md"]
+SOURCES += ["MANIFEST.in", "CHANGELOG.md", "LICENSE"]
 QUERY = """
 import sys, torch
 sys.path.insert(0, {path!r})
