@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import stats
+
+from lpsgd.experiments.statistics import welch
 
 CAVEAT = (
     "The p-schedule is also a learning-rate decay: as p falls to 2, the update falls from about 1 "
@@ -139,16 +140,6 @@ def read(file: Path) -> Report:
         record["figures"],
         rows,
     )
-
-
-def welch(values: Sequence[float], others: Sequence[float]) -> float:
-    """The probability, if their means were equal, of a difference like that between two samples
-    (Welch's t-test, two-sided); NaN if one has a single value."""
-    if min(len(values), len(others)) < 2:
-        return float("nan")
-    if len({*values, *others}) == 1:
-        return 1.0
-    return float(stats.ttest_ind(values, others, equal_var=False).pvalue)
 
 
 def spread(values: Sequence[float], digits: int) -> str:
