@@ -122,8 +122,8 @@ def test_every_nth_step_is_recorded_with_its_own_lr_and_p():
         seen.append((optimizer.param_groups[0]["lr"].item(), optimizer.param_groups[0]["p"]))
         step(optimizer)
         optimizer.param_groups[0]["lr"].mul_(0.5)
-    assert [record.step for record in recorder.records] == [11, 13, 15]
-    assert [(record.lr, record.p) for record in recorder.records] == seen[::2]
+    assert [record.step for record in recorder.records] == [12, 14]
+    assert [(record.lr, record.p) for record in recorder.records] == seen[1::2]
 
 
 def test_closures_are_recorded():

@@ -67,7 +67,7 @@ class Recorder:
 
     Args:
         optimizer: any torch.optim.Optimizer, or what a framework has wrapped around one.
-        every: n. The first step is recorded, and every n-th after it.
+        every: n. The steps n, 2n, 3n and so on are recorded.
         step: the number of steps made before, where training is resumed.
 
     Raises:
@@ -89,7 +89,7 @@ class Recorder:
         ...     model(torch.ones(8, 4)).square().mean().backward()
         ...     optimizer.step()
         >>> [(record.step, record.p) for record in recorder.records]
-        [(1, 6.0), (11, 6.0), (21, 6.0)]
+        [(10, 6.0), (20, 6.0), (30, 6.0)]
     """
 
     records: list[Record]  #: all so far
@@ -99,7 +99,6 @@ class Recorder:
         self.every = check_integer("every", every, 1)
         self.steps = check_integer("step", step, 0)  #: made so far
         self.records = []
-        self._last = self.steps + 1 - self.every  # the step that was recorded last
         self._stepping = False
         self._before: list[tuple[dict[str, Any], list[Tensor] | None]] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -141,7 +140,7 @@ class Recorder:
     @outside_of_graphs
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepping, self._before = True, None
-        if self.steps + 1 - self._last >= self.every:
+        if (self.steps + 1) % self.every == 0:
             # Steps that were made parameter by parameter have moved already.
             parts: Any = getattr(optimizer, "_parts", None)
             moved = parts is not None and (parts.released or parts.taken)
@@ -163,8 +162,7 @@ class Recorder:
         self.steps += 1
         if self._before is None:
             return
-        self._last, before = self.steps, self._before
-        self._before = None
+        before, self._before = self._before, None
         with torch.no_grad():
             made = [
                 _record(optimizer, self.steps, i, values, params)
