@@ -37,7 +37,7 @@ def found_by(value_of, monkeypatch, **settings):
     """compare() where a run's value is a function of its lr."""
 
     def of(self, method, lr, seed, part):
-        return {"value": value_of(lr), "loss": 0.0, "history": {"loss": [1.0], "update": [1.0]}}
+        return {"value": value_of(lr), "loss": 0.0, "history": {"loss": [1.0], "delta": [1.0]}}
 
     monkeypatch.setattr(_compare._Runs, "of", of)
     data = batches(), batches(), batches()
@@ -194,13 +194,13 @@ def test_any_module_loss_and_schedule_will_do():
     found = compare(Network, data, methods, progress=False, epochs=40, loss=squares, seeds=(0, 1))
     assert all(max(row.values) < 0.3 for row in found.rows)
     assert "| own | warmup |" in found.table()
-    first, *_, last = found.rows[1].per_epoch("update").mean(axis=1)
+    first, *_, last = found.rows[1].per_epoch("delta").mean(axis=1)
     assert last < first / 10  # p has come to 2
 
 
 def test_the_table_tests_against_the_reference_and_marks_edges(monkeypatch):
     pictures = pytest.importorskip("lpsgd.experiments._pictures")
-    history = {"loss": [[1.0] * 3, [0.5] * 3], "update": [[1.0] * 3, [0.5] * 3]}
+    history = {"loss": [[1.0] * 3, [0.5] * 3], "delta": [[1.0] * 3, [0.5] * 3]}
     rows = [
         pictures.Row(name, 0.1, edge, values, history, [(0.1, 1.0)])
         for name, edge, values in (

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """docs/experiments.md: its blocks run as they stand. tests/frameworks has the lr range tests."""
 
+import ast
+import json
 import random
+import re
 import sys
 
 import pytest
 import torch
 
 import lpsgd
-from helpers import blocks_of, run_block
+from helpers import ROOT, blocks_of, run_block
 
 PAGE = "experiments.md"
 SECTIONS = blocks_of(PAGE)
@@ -41,11 +44,11 @@ def test_the_recipe_passes(tmp_path):
     assert outcome(tmp_path) == pytest.ExitCode.OK
 
 
-class Wild(lpsgd.LPSGDM):
-    """Takes steps that are too large, but at p = 2."""
+class Lazy(lpsgd.LPSGDM):
+    """Takes a hundredth of the steps, but at p = 2."""
 
     def __init__(self, params, lr, p):
-        super().__init__(params, lr=100 * lr, p=p)
+        super().__init__(params, lr=lr / 100, p=p)
 
 
 class Inexact(lpsgd.LPSGDM):
@@ -60,12 +63,32 @@ class Random(lpsgd.LPSGDM):
 
 @pytest.mark.parametrize(
     "broken, seen_by",
-    [(Wild, "trains_as_well"), (Inexact, "is_sgd"), (Random, "same_from_the_same_seed")],
+    [(Lazy, "trains_as_well"), (Inexact, "is_sgd"), (Random, "same_from_the_same_seed")],
 )
 def test_the_recipe_sees_an_optimizer_that_is_broken(broken, seen_by, tmp_path, monkeypatch):
     def make(params, p, momentum=0.9, **settings):
-        cls = broken if broken is not Wild or p > 2.0 else lpsgd._optimizer.LPSGDM
+        cls = broken if broken is not Lazy or p > 2.0 else lpsgd._optimizer.LPSGDM
         return cls(params, p=p, **settings)
 
     monkeypatch.setattr(lpsgd, "LPSGDM", make)
     assert outcome(tmp_path, "-k", seen_by) == pytest.ExitCode.TESTS_FAILED
+
+
+NOTEBOOKS = sorted((ROOT / "benchmarks" / "notebooks").glob("*.ipynb"))
+# The names by which pip knows what the notebooks import, and what lpsgd[experiments] brings.
+PACKAGES = {"sklearn": "scikit-learn", "ipywidgets": "ipywidgets"}
+BROUGHT = {"lpsgd", "matplotlib", "torch"}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_a_notebook_needs_no_clone_and_says_what_to_install(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    tree = ast.parse("\n".join(re.sub(r"(?m)^%.*$", "", one) for one in code))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    for node in ast.walk(tree):
+        imported |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+    packages = {name.split(".")[0] for name in imported} - BROUGHT - sys.stdlib_module_names
+    assert 'pip install "lpsgd[experiments]"' in text
+    assert all(PACKAGES[name] in text for name in packages)

@@ -81,11 +81,11 @@ def test_other_optimizers_are_recorded_as_far_as_they_have_it(make, momentum):
     (record,) = recorder.records
     change = flat(params) - before
     assert record.p is None and record.lr == 0.1
-    assert record.update == pytest.approx(change.abs().mean().item(), rel=1e-5)
+    assert record.delta == pytest.approx(change.abs().mean().item(), rel=1e-5)
     if momentum == "exp_avg":  # Adam's first step moves by lr whatever has a gradient
         assert record.u == pytest.approx(0.75, rel=1e-5)
     else:
-        assert record.u == pytest.approx(record.update / 0.1, rel=1e-5)
+        assert record.u == pytest.approx(record.delta / 0.1, rel=1e-5)
     kept = momentum and optimizer.state[params[0]][momentum]
     assert record.at_zero == (None if momentum is None else (kept == 0).double().mean().item())
     assert record.saturated == (None if momentum is None else 0.0)
@@ -98,7 +98,7 @@ def test_u_is_right_where_the_parameters_lose_the_step():
     recorder = Recorder(optimizer)
     step(optimizer)
     (record,) = recorder.records
-    assert record.update == 0.0 and record.u == pytest.approx(1.0, rel=1e-3)
+    assert record.delta == 0.0 and record.u == pytest.approx(1.0, rel=1e-3)
 
 
 def test_momentum_of_one_byte_is_reported_by_group():
@@ -164,7 +164,7 @@ def test_released_gradients_have_left_but_the_momentum_is_there():
     param.sum().backward()
     optimizer.step()
     (record,) = recorder.records
-    assert record.update is None and record.grad_norm is None
+    assert record.delta is None and record.grad_norm is None
     assert record.u == pytest.approx(0.1 ** (1 / 5), rel=1e-5)
 
 
@@ -178,7 +178,7 @@ def test_a_step_that_calls_its_bases_is_one():
     step(optimizer)
     step(optimizer)
     assert [record.step for record in recorder.records] == [1, 2]
-    assert all(record.update > 0 for record in recorder.records)
+    assert all(record.delta > 0 for record in recorder.records)
 
 
 def test_recording_changes_no_bit_and_ends_without_a_trace():
@@ -209,7 +209,7 @@ def test_only_parameters_that_are_trained_count():
     recorder = Recorder(optimizer)
     trained.grad = torch.ones(4)
     optimizer.step()
-    assert recorder.records[0].update == pytest.approx(1.0)
+    assert recorder.records[0].delta == pytest.approx(1.0)
 
 
 def test_what_has_nothing_is_refused_or_none():
@@ -221,7 +221,7 @@ def test_what_has_nothing_is_refused_or_none():
     recorder = Recorder(optimizer)
     optimizer.step()  # without gradients
     (record,) = recorder.records
-    assert (record.u, record.update, record.grad_norm, record.at_zero) == (None, 0.0, None, None)
+    assert (record.u, record.delta, record.grad_norm, record.at_zero) == (None, 0.0, None, None)
     with pytest.raises(TypeError, match="dict has neither"):
         recorder.log({})
     assert repr(recorder) == "Recorder(LPSGDM, every=1, 1 records)"
@@ -259,7 +259,7 @@ def test_writers_get_what_was_recorded_and_what_will_be():
     for writer in writers:
         recorder.log(writer, "a")
     step(optimizer)
-    names = ["lr", "p", "u", "update", "grad_norm", "at_zero", "saturated"]
+    names = ["lr", "p", "u", "delta", "grad_norm", "at_zero", "saturated"]
     for writer in writers:
         assert [row[0] for row in writer.rows] == [1, 2, 3]
         assert list(writer.rows[2][1]) == [f"a/{name}/{i}" for i in (0, 1) for name in names]

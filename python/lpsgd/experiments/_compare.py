@@ -225,7 +225,7 @@ class Comparison:
         losses.set(yscale="log", ylabel="training loss")
         draw_values(values, self.rows, f"{self.held_out} {self.label}", self._digits, colors)
         values.invert_yaxis()
-        draw_curves(steps, self.rows, "update", colors)
+        draw_curves(steps, self.rows, "delta", colors)
         steps.set(yscale="log", ylabel="mean |Δθ| of the epoch's last step")
         plt.close(figure)  # it is shown by who gets it, not by pyplot a second time
         return figure
@@ -471,7 +471,7 @@ class _Runs:
         optimizer = method.optimizer(network.parameters(), lr=lr, **method.settings)
         schedulers = method.schedulers(optimizer, self.epochs * self.steps)
         recorder = Recorder(optimizer, every=self.steps)  # the last one of each epoch
-        history: dict[str, list[Any]] = {"loss": [], "update": []}
+        history: dict[str, list[Any]] = {"loss": [], "delta": []}
         start = math.nan
         for epoch in range(self.epochs):
             total = torch.zeros((), device=self.device)
@@ -487,7 +487,7 @@ class _Runs:
                     start = loss.item()
             mean = total.item() / self.steps
             history["loss"].append(mean)
-            history["update"].append(recorder.records[-1].update)
+            history["delta"].append(recorder.records[-1].delta)
             if not math.isfinite(mean):
                 self.bar.update(self.epochs - epoch)
                 break

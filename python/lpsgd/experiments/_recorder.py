@@ -32,7 +32,7 @@ class Record(NamedTuple):
     lr: float  #: of this step, before schedules move on
     p: float | None  #: of this step
     u: float | None  #: mean :math:`|u|`
-    update: float | None  #: mean :math:`|\Delta\theta|`
+    delta: float | None  #: mean :math:`|\Delta\theta|`
     grad_norm: float | None  #: the 2-norm of the gradient
     at_zero: float | None  #: the fraction of the momentum that is 0
     saturated: float | None  #: the fraction at the largest number that its dtype has, or infinite
@@ -43,7 +43,7 @@ _PANELS = (
     (("lr",), "learning rate", "log"),
     (("p",), "p", "linear"),
     (("u",), "mean |u|", "log"),
-    (("update",), "mean |Δθ|", "log"),
+    (("delta",), "mean |Δθ|", "log"),
     (("grad_norm",), "norm of the gradient", "log"),
     (("at_zero", "saturated"), "momentum at 0 (solid), saturated (dotted)", "linear"),
 )
@@ -75,7 +75,7 @@ class Recorder:
 
     Note:
         Where gradients are stepped in backward (`release_gradients`), parameters move before
-        `step()` and no gradient is left: `update` and `grad_norm` are None. In a step that is
+        `step()` and no gradient is left: `delta` and `grad_norm` are None. In a step that is
         compiled, the hooks run outside of the graph. Replays of a CUDA graph run no hooks. A copy
         of the optimizer is not recorded. DTensors count as wholes, so that all ranks must record.
 
@@ -301,7 +301,7 @@ def _record(
     scale = _number(getattr(optimizer, "grad_scale", None)) or 1.0
     divisor = scale if ours else 1.0
     name, momentum = _momentum(optimizer, group)
-    change = update = u = None
+    change = delta = u = None
     if before is not None:
         # In float32 at least: the difference of two bfloat16 may be none.
         wide = [torch.promote_types(param.dtype, torch.float32) for param in params]
@@ -309,7 +309,7 @@ def _record(
             param.detach().to(dtype) - old.to(dtype)
             for param, old, dtype in zip(params, before, wide, strict=True)
         ]
-        update = _mean(change)
+        delta = _mean(change)
     if ours:
         u = _mean([_u(x, values, divisor) for x in (momentum if "momentum" in values else grads)])
     elif change is not None and before is not None and lr:
@@ -324,7 +324,7 @@ def _record(
         lr=lr,
         p=float(values["p"]) if "p" in values else None,
         u=u,
-        update=update,
+        delta=delta,
         grad_norm=math.hypot(*map(norm, grads)) / divisor if grads else None,
         at_zero=report.at_zero if report else None,
         saturated=report.at_largest if report else None,
