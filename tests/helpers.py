@@ -3,6 +3,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,6 +51,20 @@ def run(command, cwd=ROOT, **environment) -> str:
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
     return result.stdout
+
+
+def blocks_of(page: str) -> dict[str, list[str]]:
+    """The blocks of Python in a page of docs, without prompts, by their sections' headings."""
+    text = (ROOT / "docs" / page).read_text()
+    fence = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    sections = text.split("\n## ")[1:]
+    return {section.splitlines()[0]: fence.findall(section) for section in sections}
+
+
+def run_block(code: str, page: str) -> None:
+    """As in a program of its own. A block says by an assert what must come of it."""
+    assert "\nassert " in code
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
 
 def quick_compiler(folder: Path) -> str:

@@ -20,9 +20,9 @@ from benchmarks.battery.contenders import REFERENCE, Contender, table
 from benchmarks.battery.plan import HORIZONS, SMALL, Plan, found
 from benchmarks.battery.problem import EPOCHS
 from benchmarks.battery.records import RESULTS, read
-from benchmarks.battery.statistics import Floats, bootstrap, holm, paired_test
 from benchmarks.paper.report import save
-from benchmarks.style import style
+from lpsgd.experiments._style import style
+from lpsgd.experiments.statistics import Floats, bootstrap, holm, paired_test
 
 SIGNIFICANT = 0.05
 UNITS = {"error": "error (%)", "perplexity": "perplexity", "rmse": "root mean square error"}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.paper import report, toy
+from benchmarks.paper import report
 from benchmarks.paper.config import find, load
 from benchmarks.paper.sweep import run_study
 from benchmarks.paper.training import Machine
+from lpsgd.experiments import geometry
 
 
 def main() -> None:
@@ -28,8 +29,8 @@ def main() -> None:
     matplotlib.use("Agg")
     arguments.output.mkdir(parents=True, exist_ok=True)
 
-    print(toy.table(), end="\n\n")
-    report.save(toy.draw(), arguments.output / "quadratics.png")
+    print(geometry.table(), end="\n\n")
+    report.save(geometry.draw(), arguments.output / "quadratics.png")
 
     study = load(find("digits"), small=arguments.quick)
     # Starting processes takes longer than the quick study itself.

@@ -6,14 +6,12 @@ Takes the parameters that the final runs of a study kept (`snapshots` in its con
 
 - the spectral density of the Hessian, by Lanczos quadrature (Papyan 2020, in curvlinops), and its
   smallest and largest eigenvalue;
-- how anisotropic the gradient is: the flatness ‖g‖₁² / (n ‖g‖₂²), which is 1 if all n coordinates
-  are equally large, 2/π if they are normally distributed, and 1/n if one has it all.
+- how anisotropic the gradient is: its flatness (see `lpsgd.experiments.flatness`).
 
 Writes hessian/CONFIG.json and .png beside the study's result.
 """
 
 import argparse
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from benchmarks.paper.config import Run, load
@@ -35,109 +32,29 @@ from benchmarks.paper.task import EVERYTHING, Batch, Task
 from benchmarks.paper.tasks import make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine
-from benchmarks.style import style
+from lpsgd.experiments import Spectrum, spectrum
+from lpsgd.experiments._style import style
 
-JIT_WARNING = r"`torch\.jit\.\w+` is deprecated"  # of different categories
-
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", JIT_WARNING)  # in what it imports
-    from curvlinops import HessianLinearOperator
-    from curvlinops.papyan2020traces.spectrum import (
-        fast_lanczos,
-        lanczos_approximate_spectrum_from_iter,
-    )
-
-LANCZOS_VECTORS = 48
-POINTS = 128
-WIDTH, MARGIN = 3.0, 0.05  # of the bumps, and around them: Papyan's
 EXAMPLES = 256
 
 
-def flatness(gradient: Tensor) -> float:
-    """How equally a gradient is spread over its coordinates.
-
-    Example:
-        >>> flatness(torch.tensor([1.0, -1.0])), flatness(torch.tensor([0.0, 5.0]))
-        (1.0, 0.5)
-    """
-    ratio = gradient.abs().mean().square() / gradient.square().mean()
-    return ratio.item()
-
-
-class Losses(nn.Module):
-    """A task's losses of a model on fixed examples, in the form that curvlinops wants."""
-
-    def __init__(self, task: Task, model: nn.Module, targets: Tensor) -> None:
-        super().__init__()
-        self.task, self.model, self.targets = task, model, targets
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The losses (seeds, n)."""
-        losses, _ = self.task.losses(self.model, inputs, self.targets)
-        return losses
-
-
-class Objective(nn.Module):
-    """What training minimises."""
-
-    reduction = "mean"  # over the batches, of which there is one
-
-    def forward(self, losses: Tensor, _: Tensor) -> Tensor:
-        """The sum over seeds of their mean losses."""
-        return losses.mean(dim=1).sum()
-
-
 @dataclass(frozen=True)
-class Moment:
-    """A network at one epoch.
-
-    Attributes:
-        grid, density: eigenvalues from the smallest to the largest, and their spectral density.
-        smallest, largest: eigenvalue.
-        flatness: of the gradient.
-    """
+class Moment(Spectrum):
+    """A network after so many epochs."""
 
     epoch: int
-    grid: list[float]
-    density: list[float]
-    smallest: float
-    largest: float
-    flatness: float
 
 
 def examine(task: Task, model: nn.Module, epoch: int, batch: Batch) -> Moment:
-    """The Hessian and the gradient of the mean loss on a batch.
+    """The Hessian and the gradient of the sum over seeds of their mean losses on a batch: networks
+    of several seeds are one, whose Hessian has a block for each."""
 
-    Batch normalisation takes its statistics from the batch, as it does in training. Networks of
-    several seeds are one, whose Hessian has a block for each.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-    inputs, targets = batch
-    losses, objective = Losses(task, model, targets), Objective()
-    params = list(model.parameters())
-    # The fused attention has no second derivative. PyTorch's forward mode uses torch.jit.
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", JIT_WARNING)
-        gradient = torch.autograd.grad(objective(losses(inputs), targets), params)
-        hessian = HessianLinearOperator(
-            losses, objective, params, [(inputs, targets)], check_deterministic=False
-        )
-        lanczos = fast_lanczos(hessian, LANCZOS_VECTORS)
-        # Its outermost values are the first to agree with eigenvalues.
-        smallest, largest = lanczos[0].min().item(), lanczos[0].max().item()
-        grid, density = lanczos_approximate_spectrum_from_iter(
-            lanczos, (smallest, largest), POINTS, WIDTH, MARGIN
-        )
-    return Moment(
-        epoch,
-        grid.tolist(),
-        density.tolist(),
-        smallest,
-        largest,
-        flatness(torch.cat([part.flatten() for part in gradient])),
-    )
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        losses, _ = task.losses(model, *batch)
+        return losses.mean(dim=1).sum()
+
+    found = spectrum(model, loss, batch)
+    return Moment(**vars(found), epoch=epoch)
 
 
 def examine_run(run: Run, directory: Path, machine: Machine) -> list[Moment]:

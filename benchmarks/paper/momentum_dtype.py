@@ -25,7 +25,6 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 from tqdm import tqdm
 
 from benchmarks.paper.config import Study, load
@@ -35,40 +34,10 @@ from benchmarks.paper.sweep import RESULTS, Pool, one_thread, runs_of
 from benchmarks.paper.tasks import make_task
 from benchmarks.paper.train import add_machine_arguments, machine_of
 from benchmarks.paper.training import Machine
+from lpsgd.experiments.statistics import Difference, difference
 
 REFERENCE = "float32"
 BYTES = {"bfloat16": ("two bytes", "#E69F00"), "float8_e5m2": ("one byte", "#0072B2")}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences and half the width of its 95 % interval."""
-
-    mean: float
-    margin: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether 0 lies outside of the interval."""
-        return abs(self.mean) > self.margin
-
-    def text(self, digits: int) -> str:
-        """In bold where it is clear."""
-        text = f"{self.mean:+.{digits}f} ± {self.margin:.{digits}f}"
-        return f"**{text}**" if self.is_clear else text
-
-
-def difference(values: Sequence[float], others: Sequence[float]) -> Difference:
-    """Of the values minus those of the same seeds; its interval is that of Student's t.
-
-    Example:
-        >>> difference([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]).text(2)
-        '+1.00 ± 2.48'
-    """
-    differences = [a - b for a, b in zip(values, others, strict=True)]
-    n = len(differences)
-    quantile = float(stats.t.ppf(0.975, n - 1))
-    return Difference(fmean(differences), quantile * stdev(differences) / math.sqrt(n))
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
-from scipy import stats
 
-from benchmarks.style import label_lines, style
+from lpsgd.experiments import _pictures as pictures
+from lpsgd.experiments._pictures import draw_curves, draw_values, spread
+from lpsgd.experiments._style import label_lines, style
+from lpsgd.experiments.statistics import welch
 
 CAVEAT = (
     "The p-schedule is also a learning-rate decay: as p falls to 2, the update falls from about 1 "
@@ -32,29 +32,11 @@ CAVEAT = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """A method's results.
+class Row(pictures.Row):
+    """A method's results; accuracies in %, losses in nats."""
 
-    Attributes:
-        values: what the study measures after the last epoch, for each seed: accuracy in %, or loss
-            in nats.
-    """
-
-    name: str
     lr_schedule: str
-    lr: float
-    at_edge: bool
-    values: list[float]
-    history: dict[str, Any]
     settings: dict[str, Any]
-    validation: list[tuple[float, float]]
-
-    def per_epoch(self, metric: str) -> NDArray[np.float64]:
-        """A metric (epochs) or (epochs, seeds); NaN where it was not measured."""
-        column = self.history[metric]
-        width = max((len(x) for x in column if isinstance(x, list)), default=0)
-        absent = [np.nan] * width if width else np.nan
-        return np.array([absent if x is None else x for x in column], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -98,6 +80,11 @@ class Report:
         """What the values are."""
         return "test accuracy (%)" if self.measure == "accuracy" else "test loss (nats)"
 
+    @property
+    def digits(self) -> int:
+        """How many of them to print."""
+        return 1 if self.measure == "accuracy" else 3
+
 
 def read(file: Path) -> Report:
     """The result that `sweep` wrote."""
@@ -107,13 +94,13 @@ def read(file: Path) -> Report:
     rows = [
         Row(
             result["method"],
-            result["run"]["lr_schedule"],
             result["run"]["lr"],
             result["lr_at_grid_edge"],
             [scale * float(value) for value in result[f"test_{measure}"]],
             result["history"],
-            result["run"]["settings"],
             [(one["lr"], scale * fmean(map(float, one[measure]))) for one in result["validation"]],
+            result["run"]["lr_schedule"],
+            result["run"]["settings"],
         )
         for result in record["results"]
     ]
@@ -129,25 +116,8 @@ def read(file: Path) -> Report:
     )
 
 
-def welch(values: Sequence[float], others: Sequence[float]) -> float:
-    """The probability, if their means were equal, of a difference like that between two samples
-    (Welch's t-test, two-sided); NaN if one has a single value."""
-    if min(len(values), len(others)) < 2:
-        return float("nan")
-    if len({*values, *others}) == 1:
-        return 1.0
-    return float(stats.ttest_ind(values, others, equal_var=False).pvalue)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    deviation = stdev(values) if len(values) > 1 else 0.0
-    return f"{fmean(values):.{digits}f} ± {deviation:.{digits}f}"
-
-
 def table(report: Report) -> str:
     """The final runs in Markdown, one table for each lr schedule."""
-    digits = 1 if report.measure == "accuracy" else 3
     lines = [f"{report.heading}. Mean ± standard deviation of {report.seeds} seeds."]
     for lr_schedule, rows in report.by_lr_schedule().items():
         reference = next((row for row in rows if row.name == report.reference), None)
@@ -159,7 +129,7 @@ def table(report: Report) -> str:
         ]
         for row in rows:
             edge = "*" if row.at_edge else ""
-            cells = [row.name, f"{row.lr:.3g}{edge}", spread(row.values, digits)]
+            cells = [row.name, f"{row.lr:.3g}{edge}", spread(row.values, report.digits)]
             if reference:
                 cells.append(
                     "" if row is reference else f"{welch(row.values, reference.values):.2g}"
@@ -169,51 +139,6 @@ def table(report: Report) -> str:
     if any(row.at_edge for row in report.rows):
         lines += ["", "\\* at the edge of its grid, so perhaps not the best."]
     return "\n".join(lines)
-
-
-def draw_curves(axes: Axes, rows: Sequence[Row], metric: str) -> list[tuple[float, str, str]]:
-    """A metric over epochs: the median of the seeds and, in a band, all of them. Returns the
-    ends of the lines, for `label_lines`.
-
-    Methods of fixed p are drawn without bands, which would hide the others.
-    """
-    ends = []
-    for row in rows:
-        values = row.per_epoch(metric)
-        values = values if values.ndim == 2 else values[:, None]
-        epochs = np.arange(1, len(values) + 1)
-        measured = ~np.isnan(values).all(axis=1)
-        epochs, values = epochs[measured], values[measured]
-        (color, line), middle = style(row.name), np.median(values, axis=1)
-        axes.plot(epochs, middle, line, color=color, linewidth=1.8)
-        ends.append((float(middle[-1]), row.name, color))
-        if " p=" not in row.name:
-            low, high = values.min(axis=1), values.max(axis=1)
-            axes.fill_between(epochs, low, high, color=color, alpha=0.13, linewidth=0)
-    axes.set(xlabel="epoch")
-    axes.grid(alpha=0.3)
-    return ends
-
-
-def draw_values(axes: Axes, rows: Sequence[Row], report: Report) -> None:
-    """What is measured, per method: every seed as a dot, the mean as a bar, figures beside them."""
-    for place, row in enumerate(rows):
-        jitter = np.linspace(-0.25, 0.25, len(row.values)) if len(row.values) > 1 else [0.0]
-        color, _ = style(row.name)
-        axes.plot(row.values, place + np.array(jitter), ".", color=color, alpha=0.5, markersize=5)
-        axes.plot([fmean(row.values)] * 2, [place - 0.4, place + 0.4], color=color, linewidth=3)
-        digits = 1 if report.measure == "accuracy" else 3
-        axes.annotate(
-            spread(row.values, digits),
-            (1.03, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-        )
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    for label, row in zip(axes.get_yticklabels(), rows, strict=False):  # shared axes have none
-        label.set(color=style(row.name)[0], fontweight="bold")
-    axes.set(xlabel=report.label)
-    axes.grid(alpha=0.3)
 
 
 def draw_headline(report: Report) -> Figure:
@@ -248,7 +173,7 @@ def draw_overview(report: Report) -> Figure:
     for i, (schedule, column) in enumerate(columns.items()):
         draw_curves(loss_panels[i], column, "loss")
         loss_panels[i].set(yscale="log", title=f"{schedule} learning rate")
-        draw_values(value_panels[i], column, report)
+        draw_values(value_panels[i], column, report.label, report.digits)
         if i:
             step_panels[i].sharey(step_panels[0])
         draw_curves(step_panels[i], column, "update")
@@ -280,7 +205,7 @@ def draw_steps(report: Report) -> Figure:
         draw_curves(middle, column, "update")
         if below is not axes[2, 0]:
             below.sharex(axes[2, 0])
-        draw_values(below, column, report)
+        draw_values(below, column, report.label, report.digits)
         above.set(yscale="log", title=f"{schedule} learning rate", xlabel="")
         middle.set(yscale="log")
     axes[0, 0].set_ylabel("mean |u|")
@@ -338,7 +263,7 @@ def draw_pivot(report: Report) -> Figure:
         axes.set(xscale="log", xlabel="lr", title=f"pivot {kappa:.2g}")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(report.label.replace("test", "validation"))
-    draw_values(axes := below.subplots(), rows, report)
+    draw_values(axes := below.subplots(), rows, report.label, report.digits)
     axes.invert_yaxis()
     (sign,) = (row for row in fixed if float(row.settings["p"]) == float("inf"))
     figure.suptitle(

@@ -6,13 +6,9 @@ from typing import Any
 
 from benchmarks.paper.task import Source, Task
 
-OTHER_TASKS: dict[str, type[Task]] = {}  # that somebody adds, by name
-
 
 def task_class(name: str) -> type[Task]:
     """The class of a task. Each is imported when needed: they need different packages."""
-    if name in OTHER_TASKS:
-        return OTHER_TASKS[name]
     if name == "digits":
         from benchmarks.paper.digits import Digits
 

@@ -18,7 +18,7 @@ from benchmarks.speed.footprint import Memory, State
 from benchmarks.speed.step import LISTS
 from benchmarks.speed.timing import DISTURBED, Record, Setting
 from benchmarks.speed.training import Times
-from benchmarks.style import style
+from lpsgd.experiments._style import style
 
 OURS = "LPSGDM p=4"
 BYTE = "LPSGDM one byte"

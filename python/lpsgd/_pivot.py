@@ -13,10 +13,10 @@ from ._shards import full
 from ._values import momentum_exponent_in
 
 
-def _norm(x: Tensor) -> float:
-    """The 2-norm, of a DTensor that of the whole."""
+def norm(x: Tensor, order: float = 2.0) -> float:
+    """The norm of this order, of a DTensor that of the whole."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return float(full(torch.linalg.vector_norm(x, dtype=dtype)))
+    return float(full(torch.linalg.vector_norm(x, order, dtype=dtype)))
 
 
 @torch.no_grad()
@@ -65,12 +65,12 @@ def suggest_pivot(optimizer: Optimizer) -> float:
             if x is not None:
                 x = decoded(x, momentum_exponent_in(group)) if x.dtype == BYTE else x
                 x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-                norms.append(_norm(x))
+                norms.append(norm(x))
                 count += x.numel()
-    norm = math.hypot(*norms)
-    if not 0.0 < norm < math.inf:
+    length = math.hypot(*norms)
+    if not 0.0 < length < math.inf:
         raise RuntimeError(
             "suggest_pivot() needs an optimizer that has made steps, with finite momentum buffers "
-            f"(gradients) that are not all zero: their norm is {norm}"
+            f"(gradients) that are not all zero: their norm is {length}"
         )
-    return norm / math.sqrt(count)
+    return length / math.sqrt(count)

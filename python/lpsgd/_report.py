@@ -67,13 +67,16 @@ def momentum_report(optimizer: Optimizer) -> list[MomentumReport]:
     optimizer = innermost(optimizer)
     if not all("pivot" in group and "momentum_dtype" in group for group in optimizer.param_groups):
         raise TypeError(f"momentum_report() needs an LPSGDM, not {type(optimizer).__name__}")
-    return [_report_of(group, optimizer) for group in optimizer.param_groups]
+    return [report_of(group, optimizer) for group in optimizer.param_groups]
 
 
-def _report_of(group: dict[str, Any], optimizer: Optimizer) -> MomentumReport:
+def report_of(
+    group: dict[str, Any], optimizer: Optimizer, name: str = "momentum_buffer"
+) -> MomentumReport:
+    """`momentum_report` of a group; other optimizers call the momentum by other names."""
     elements, at_largest, at_zero, most = 0, 0, 0, 0.0
     for param in group["params"]:
-        x = optimizer.state.get(param, {}).get("momentum_buffer")
+        x = optimizer.state.get(param, {}).get(name)
         if x is None:
             continue
         x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -47,7 +47,7 @@ def _copies(values: Iterable[Any]) -> list[Any]:
     return [value.clone() if isinstance(value, Tensor) else value for value in values]
 
 
-def _outside_of_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def outside_of_graphs(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """As torch.compiler.disable, but torch._dynamo is imported by a compiled call alone: that takes
     most of a second."""
 
@@ -139,13 +139,13 @@ class _PScheduler(LRScheduler):
         kept.__dict__ = self.__dict__
         attach(kept, self.optimizer)
 
-    @_outside_of_graphs
+    @outside_of_graphs
     def _p_before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         epoch = (_clock(optimizer) or 0) + 1
         self._check_move(epoch, _initial_p(optimizer))
         self._run["next"] = epoch
 
-    @_outside_of_graphs
+    @outside_of_graphs
     def _p_after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # In a class whose step calls its base's, torch.optim's own run the hooks more than once.
         epoch, self._run["next"] = self._run["next"], None
@@ -239,7 +239,7 @@ class _PScheduler(LRScheduler):
 
     # SequentialLR calls it in the place of `step`. torch.compile would compile anew for every value
     # of the clock.
-    @_outside_of_graphs
+    @outside_of_graphs
     def _update_lr(self, epoch: int | None = None) -> None:
         if epoch is None:
             epoch = self.last_epoch + 1

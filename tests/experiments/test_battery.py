@@ -7,7 +7,6 @@ import math
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,12 +17,11 @@ from benchmarks.battery import __main__ as command
 from benchmarks.battery import report, runs
 from benchmarks.battery.contenders import CONTENDERS, MOMENTA, POINTS, REFERENCE, Contender
 from benchmarks.battery.plan import SMALL, Plan, missing
-from benchmarks.battery.statistics import bootstrap, paired_test
 from benchmarks.battery.tasks import TASKS, task_class
 from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
 from benchmarks.paper.training import Trainer
-from benchmarks.style import STYLES
+from lpsgd.experiments._style import STYLES
 from tests import helpers
 
 ADAMW, SIGN = (c for c in CONTENDERS if c.name in (REFERENCE, "p=∞ (Signum)"))
@@ -274,12 +272,3 @@ def test_without_data_cifar_is_left_out_and_that_is_said(tmp_path, monkeypatch, 
         (False, 1, SMALL.shrink),
     ]
     assert capsys.readouterr().out.count("CIFAR-10 is left out") == 2
-
-
-def test_intervals_and_tests_of_seeds():
-    values = np.arange(1.0, 6.0)
-    low, high = bootstrap(5, lambda chosen: values[chosen].mean())
-    assert (low, high) == pytest.approx((1.8, 4.2))
-    assert paired_test([1.0, 2.0, 3.0], [1.1, 2.1, 3.11]) < 0.01
-    assert paired_test([1.0, 2.0, 3.0], [3.0, 1.5, 2.0]) > 0.5
-    assert paired_test([1.0, 2.0], [1.0, 2.0]) == 1.0

@@ -35,8 +35,8 @@ def test_quick_demo_trains_every_optimizer_and_draws(tmp_path):
 
 def test_lpsgd_has_no_floor_on_either_quadratic(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    toy = pytest.importorskip("benchmarks.paper.toy")
-    for f in toy.QUADRATICS:
-        final = {name: f(path[-1]).item() for name, path in toy.paths(f).items()}
+    geometry = pytest.importorskip("lpsgd.experiments.geometry")
+    for f in geometry.QUADRATICS:
+        final = {name: f(path[-1]).item() for name, path in geometry.paths(f).items()}
         assert final["LPSGD"] < 1e-15 < final["sign descent"]
         assert all(torch.tensor(loss).isfinite() for loss in final.values())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from benchmarks.style import STYLES
+from lpsgd.experiments._style import STYLES
 
 # Machado, Oliveira and Fernandes 2009, of linear RGB.
 EYES = {

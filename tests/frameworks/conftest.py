@@ -11,6 +11,8 @@ IGNORED = [
     r"ignore:The number of training batches .* is smaller than the logging interval",
     r"ignore:The 'train_dataloader' does not have many workers",
     r"ignore:Starting from v1\.9\.0, `tensorboardX` has been removed",
+    # fastai's lr_find
+    r"ignore:numpy\.core is deprecated:DeprecationWarning",
     # Trainer, without a GPU
     r"ignore:'pin_memory' argument is set as true but no accelerator is found:UserWarning",
 ]

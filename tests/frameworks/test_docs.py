@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""Every block of code in docs/frameworks.md runs as it stands."""
-
-import re
+"""Every block of code in docs/frameworks.md runs as it stands, and the lr range tests of
+docs/experiments.md."""
 
 import pytest
 
-from helpers import ROOT
+from helpers import blocks_of, run_block
 
-PAGE = (ROOT / "docs" / "frameworks.md").read_text()
+PAGES = {
+    "frameworks.md": blocks_of("frameworks.md"),
+    "experiments.md": {"lr": blocks_of("experiments.md")["Find a learning rate"]},
+}
+BLOCKS = [
+    pytest.param(page, code, id=heading)
+    for page, sections in PAGES.items()
+    for heading, blocks in sections.items()
+    for code in blocks
+]
 
 
-def blocks():
-    """The blocks, each called by its section."""
-    return [
-        pytest.param(code, id=section.splitlines()[0])
-        for section in PAGE.split("\n## ")
-        for code in re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
-    ]
-
-
-@pytest.mark.parametrize("code", blocks())
-def test_block_runs(code, tmp_path, monkeypatch):
-    for name in ("timm", "torchvision"):  # They exist for some versions of PyTorch only.
-        if f"import {name}\n" in code:
+@pytest.mark.parametrize("page, code", BLOCKS)
+def test_block_runs(page, code, tmp_path, monkeypatch):
+    # torchvision, and what needs it, exist for some versions of PyTorch only; fastai is large.
+    for name in ("timm", "torchvision", "fastai.basics"):
+        if f"import {name}\n" in code or f"from {name} " in code:
             pytest.importorskip(name)
     monkeypatch.chdir(tmp_path)  # Some frameworks write checkpoints and logs.
-    assert "\nassert " in code
-    exec(compile(code, "docs/frameworks.md", "exec"), {"__name__": "__main__"})
+    run_block(code, page)

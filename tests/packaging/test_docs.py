@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every block of Python in README and on the site runs as it stands. pytest itself runs those with
-prompts; tests/frameworks and tests/distributed run those of the pages of these names."""
+prompts; tests/distributed, tests/experiments and tests/frameworks run those of the pages of these
+names."""
 
 import ast
 import re
@@ -11,7 +12,7 @@ import lpsgd_ext
 from helpers import ROOT
 
 README = ROOT / "README.md"
-ELSEWHERE = ("frameworks.md", "distributed.md")
+ELSEWHERE = ("distributed.md", "experiments.md", "frameworks.md")
 
 
 def blocks():

@@ -6,8 +6,11 @@ those who see no red or no green can tell them apart (tests/experiments/test_sty
 """
 
 from collections.abc import Iterable
+from itertools import product
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ORANGE, SKY, GREEN, BLUE = "#E69F00", "#56B4E9", "#009E73", "#0072B2"
 VERMILLION, PURPLE, BLACK, WINE = "#D55E00", "#CC79A7", "#000000", "#882255"
@@ -60,14 +63,22 @@ def style(name: str) -> tuple[str, str]:
         >>> style("LPSGDM 8→2") == STYLES["LPSGDM 6→2"]
         True
     """
-    if name in STYLES:
-        return STYLES[name]
-    if "κ=" in name:
-        return STYLES["LPSGDM 6→2 κ=1e-4"]
-    return STYLES["LPSGDM 6→2"] if "→" in name else (GREY, "-")
+    return styles([name])[name]
 
 
-def label_lines(axes: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
+def styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Those of all methods of a picture: what is unknown here gets what no other has."""
+    found = {}
+    for name in names:
+        relative = "LPSGDM 6→2 κ=1e-4" if "κ=" in name else "LPSGDM 6→2" if "→" in name else name
+        found[name] = STYLES.get(name) or STYLES.get(relative)
+    colors = (SKY, VERMILLION, WINE, PURPLE, ORANGE, BLUE, GREEN, BLACK)
+    free = ((color, line) for line, color in product(("-", "--", ":", "-."), colors))
+    unused = (one for one in free if one not in found.values())
+    return {name: known or next(unused) for name, known in found.items()}
+
+
+def label_lines(axes: "Axes", ends: Iterable[tuple[float, str, str]]) -> None:
     """Names lines to the right of the axes: y of a line's end, its name and its colour, moved apart
     where names would overlap. The lines must have been drawn."""
     size = 9

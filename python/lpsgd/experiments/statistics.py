@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Intervals and tests for a few paired seeds."""
+"""Intervals and tests for a few seeds."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
+from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +28,47 @@ def bootstrap(seeds: int, statistic: Callable[[NDArray[np.int64]], float]) -> tu
     values = [statistic(np.array(chosen)) for chosen in product(range(seeds), repeat=seeds)]
     low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences and half the width of its 95 % interval."""
+
+    mean: float
+    margin: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether 0 lies outside of the interval."""
+        return abs(self.mean) > self.margin
+
+    def text(self, digits: int) -> str:
+        """In bold where it is clear."""
+        text = f"{self.mean:+.{digits}f} ± {self.margin:.{digits}f}"
+        return f"**{text}**" if self.is_clear else text
+
+
+def difference(values: Sequence[float], others: Sequence[float]) -> Difference:
+    """Of the values minus those of the same seeds; its interval is that of Student's t.
+
+    Example:
+        >>> difference([1.0, 2.0, 4.0], [1.0, 1.0, 2.0]).text(2)
+        '+1.00 ± 2.48'
+    """
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    n = len(differences)
+    quantile = float(stats.t.ppf(0.975, n - 1))
+    return Difference(fmean(differences), quantile * stdev(differences) / math.sqrt(n))
+
+
+def welch(values: Sequence[float], others: Sequence[float]) -> float:
+    """The probability, if their means were equal, of a difference like that between two samples
+    (Welch's t-test, two-sided); NaN if one has a single value."""
+    if min(len(values), len(others)) < 2:
+        return float("nan")
+    if len({*values, *others}) == 1:
+        return 1.0
+    return float(stats.ttest_ind(values, others, equal_var=False).pvalue)
 
 
 def paired_test(values: Sequence[float], others: Sequence[float]) -> float:
