@@ -29,7 +29,9 @@ myst_heading_anchors = 3  # links such as frameworks.md#timm
 nb_execution_mode = "off"  # `make test-all` runs them, `make notebooks` keeps their output
 default_role = "code"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings tell types and ranges
+napoleon_attr_annotations = False  # they do
 
 
 def write_formula(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:

@@ -63,7 +63,11 @@ class Random(lpsgd.LPSGDM):
 
 @pytest.mark.parametrize(
     "broken, seen_by",
-    [(Lazy, "trains_as_well"), (Inexact, "is_sgd"), (Random, "same_from_the_same_seed")],
+    [
+        (Lazy, "trains_as_well"),
+        pytest.param(Inexact, "is_sgd", marks=pytest.mark.full),
+        pytest.param(Random, "same_from_the_same_seed", marks=pytest.mark.full),
+    ],
 )
 def test_the_recipe_sees_an_optimizer_that_is_broken(broken, seen_by, tmp_path, monkeypatch):
     def make(params, p, momentum=0.9, **settings):

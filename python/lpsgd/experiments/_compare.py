@@ -318,12 +318,13 @@ def compare(
     extend = check_integer("extend", extend, 0)
     mode = mode or "min"
     runs = _Runs(model, data, epochs, loss, metric or loss, torch.device(device), file)
+    quiet = {} if progress else {"disable": True}  # so that TQDM_DISABLE counts
     part = "test" if len(data) == 3 else "validation"
     rows = []
     total = len(methods) * (lr_trials * len(tuning_seeds) + len(seeds)) * epochs
     with (
         torch.random.fork_rng(),
-        tqdm(total=total, unit="epoch", disable=not progress, mininterval=1.0) as bar,
+        tqdm(total=total, unit="epoch", mininterval=1.0, **quiet) as bar,
     ):
         runs.begin(tuning_seeds[0], bar)
         for name, method in methods.items():

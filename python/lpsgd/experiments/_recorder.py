@@ -45,7 +45,7 @@ _PANELS = (
     (("u",), "mean |u|", "log"),
     (("delta",), "mean |Δθ|", "log"),
     (("grad_norm",), "norm of the gradient", "log"),
-    (("at_zero", "saturated"), "momentum at 0 (solid), saturated (dotted)", "linear"),
+    (("at_zero", "saturated"), "momentum: 0, saturated (dotted)", "linear"),
 )
 
 
