@@ -79,11 +79,11 @@ def temporaries(list_: str) -> list[int]:
         step = CONTENDERS[name](params).step
         for _ in range(2):
             step()
-        found.append(_rise(step)[0])
+        found.append(rise(step)[0])
     return found
 
 
-def _rise(function: Callable[[], Any]) -> tuple[int, Any]:
+def rise(function: Callable[[], Any]) -> tuple[int, Any]:
     """By how many bytes memory is larger than before at the peak of a call; and its value."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -92,15 +92,15 @@ def _rise(function: Callable[[], Any]) -> tuple[int, Any]:
     return _status("VmHWM") - before, value
 
 
-def _in_fresh_process(expression: str) -> Any:
-    """The value of an expression in a process that returns freed memory at once."""
+def in_fresh_process(expression: str, module: str = __name__) -> Any:
+    """The value of an expression of a module in a process that returns freed memory at once."""
     environment = {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "0",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    code = f"import json; from {__name__} import *; print(json.dumps({expression}))"
+    code = f"import json; from {module} import *; print(json.dumps({expression}))"
     output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
     return json.loads(output.splitlines()[-1])
 
@@ -108,8 +108,8 @@ def _in_fresh_process(expression: str) -> Any:
 def memory(list_: str) -> list[Memory]:
     """Of all optimizers."""
     size = sum(map(math.prod, shapes_of(list_))) * torch.float32.itemsize
-    found = _in_fresh_process(f"temporaries({list_!r})")
-    return [Memory(list_, name, size, rise) for name, rise in zip(MEMORY_OF, found, strict=True)]
+    found = in_fresh_process(f"temporaries({list_!r})")
+    return [Memory(list_, name, size, most) for name, most in zip(MEMORY_OF, found, strict=True)]
 
 
 def _other(name: str, **values: Any) -> Any:
@@ -118,7 +118,14 @@ def _other(name: str, **values: Any) -> Any:
     return lambda params: getattr(importlib.import_module(module), name)(params, **values)
 
 
+def _released(params: Any) -> Optimizer:
+    optimizer = ONE_BYTE(params)
+    lpsgd.release_gradients(optimizer)
+    return optimizer
+
+
 STOCHASTIC = partial(lpsgd.LPSGDM, stochastic_rounding=True)
+ONE_BYTE = partial(STOCHASTIC, momentum_dtype=torch.float8_e5m2)
 STATE_OF: dict[str, dict[str, Any]] = {
     "float32": {
         "SGD without momentum": partial(SGD, fused=True),
@@ -133,7 +140,8 @@ STATE_OF: dict[str, dict[str, Any]] = {
         "AdamW": partial(AdamW, fused=True),
         "LPSGDM": STOCHASTIC,
         "LPSGDM float32": partial(STOCHASTIC, momentum_dtype=torch.float32),
-        "LPSGDM one byte": partial(STOCHASTIC, momentum_dtype=torch.float8_e5m2),
+        "LPSGDM one byte": ONE_BYTE,
+        "LPSGDM one byte, released": _released,
     },
 }
 OTHER_STATE_OF: dict[str, dict[str, Any]] = {
@@ -188,10 +196,10 @@ def state_of(dtype: str, name: str, make: Any, width: int) -> State:
     train = partial(_train, width=width, dtype=getattr(torch, dtype), make=make)
     try:
         train(1)
-        rise, (count, state) = _rise(partial(train, 4))
+        peak, (count, state) = rise(partial(train, 4))
     except Exception as error:
         return State(dtype, name, math.nan, math.nan, f"{type(error).__name__}: {error}")
-    return State(dtype, name, state / count, rise / count)
+    return State(dtype, name, state / count, peak / count)
 
 
 def states_here(width: int, others: bool) -> list[dict[str, Any]]:
@@ -206,7 +214,7 @@ def states_here(width: int, others: bool) -> list[dict[str, Any]]:
 def states(width: int, others: bool) -> list[State]:
     """What optimizers keep of a parameter, and what training needs; with `others` those of other
     packages as well."""
-    return [State(**one) for one in _in_fresh_process(f"states_here({width}, {others})")]
+    return [State(**one) for one in in_fresh_process(f"states_here({width}, {others})")]
 
 
 def package(times: int) -> dict[str, str]:

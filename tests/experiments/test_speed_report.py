@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from benchmarks.speed import footprint, report, targets, training
+from benchmarks.speed import footprint, released, report, targets, training
 from benchmarks.speed.step import ALL, LISTS
 from benchmarks.speed.timing import Record, Setting, measure
 from helpers import ROOT, bits
@@ -42,6 +42,9 @@ def test_quick_run_reports_every_part_and_can_report_it_again(tmp_path):
     state = {(one["dtype"], one["optimizer"]): one["state"] for one in results["states"]}
     assert state["bfloat16", "LPSGDM one byte"] == state["float32", "LPSGDM one byte"] == 1.0
     assert state["float32", "LPSGDM"] == 4.0 < 8.0 <= state["float32", "AdamW"]
+    peak = {one["optimizer"]: one["peak"] for one in results["states"] if one["dtype"] != "float32"}
+    # 1.5 of the 2 bytes, as one of four layers holds its gradients; so small a network is noisy.
+    assert peak["LPSGDM one byte, released"] < peak["LPSGDM one byte"] - 0.75
     arguments = ["--from", tmp_path / "first" / "bench.json", "--output", tmp_path / "second"]
     assert run("-m", "benchmarks.speed", *arguments) == output
 
@@ -52,6 +55,29 @@ def test_state_is_that_of_the_tensors_inside_and_shared_ones_count_once():
     for param in optimizer.param_groups[0]["params"]:
         optimizer.state[param] = {"step": 3, "map": shared, "two": TwoTensor(own, own.clone())}
     assert footprint.state_bytes(optimizer) == 8 * 4 + 3 * 5
+
+
+def test_the_smallest_way_to_train_follows_the_largest(tmp_path):
+    sums = {name: way.all for name, way in released.WAYS.items()}
+    assert (sums["AdamW, float32 weights"], sums[released.LARGEST]) == (16, 12)
+    assert (sums["LPSGDM, one byte"], sums[released.SMALLEST]) == (5, 3)
+    shape = released.Shape(context=8, width=32, layers=1, heads=2, windows=2)
+    curves = {
+        name: released.curve(name, shape, 40) for name in (released.LARGEST, released.SMALLEST)
+    }
+    large, small = curves.values()
+    assert small == pytest.approx(large, abs=0.05)
+    assert small[1] < small[0] - 0.2
+    assert small != large
+    released.draw(curves, tmp_path / "released.png")
+    assert (tmp_path / "released.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.full
+def test_the_footprint_of_every_way_is_measured(tmp_path):
+    output = run("-m", "benchmarks.speed.released", "--quick", "--output", tmp_path)
+    assert all(f"| {name} |" in output for name in released.WAYS)
+    assert (tmp_path / "released.png").exists()
 
 
 def test_an_optimizer_that_does_not_run_here_is_shown_in_its_own_words():
