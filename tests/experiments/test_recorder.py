@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A Recorder's figures are those of the equations, and it leaves training as it is."""
 
-import importlib
 import math
-import sys
 
 import pytest
 import torch
@@ -309,12 +307,3 @@ def test_the_picture_has_a_line_for_each_group_and_is_replaced_when_live(monkeyp
     assert [how for how, _ in shown] == ["new", "again"]
     assert all(picture.data.startswith(b"\x89PNG") for _, picture in shown)
     assert Recorder(LPSGD(params_of((3,)))).plot() is not None  # before the first step
-
-
-def test_importing_the_package_imports_nothing_that_only_experiments_need(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "lpsgd"]:
-        monkeypatch.delitem(sys.modules, name)
-    for name in ("pandas", "matplotlib", "tqdm", "scipy", "numpy", "curvlinops", "IPython"):
-        monkeypatch.setitem(sys.modules, name, None)  # an import would raise
-    again = importlib.import_module("lpsgd.experiments")
-    assert again.Recorder is not Recorder

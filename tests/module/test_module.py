@@ -79,10 +79,17 @@ def test_module_can_be_imported_before_torch():
 
 
 def test_importing_lpsgd_imports_nothing_else_of_pytorch():
-    """torch._dynamo would take most of a second."""
-    code = "import torch, sys; old = set(sys.modules); import lpsgd; print(set(sys.modules) - old)"
-    modules = ast.literal_eval(python(code)[0])
-    assert {name.partition(".")[0] for name in modules} == {"lpsgd", "lpsgd_ext"}
+    """torch._dynamo would take most of a second. And lpsgd.experiments imports what it needs
+    besides when it needs it."""
+    code = "import torch, sys; old = set(sys.modules)\n"
+    for module in ("lpsgd", "lpsgd.experiments"):
+        code += f"import {module}; print({{*sys.modules}} - old)\n"
+    ours, with_experiments = (
+        {name.partition(".")[0] for name in ast.literal_eval(line)}
+        for line in python(code)[0].splitlines()
+    )
+    assert ours == {"lpsgd", "lpsgd_ext"}
+    assert not with_experiments & {"pandas", "matplotlib", "tqdm", "scipy", "curvlinops", "IPython"}
 
 
 def test_build_info_and_version_agree():

@@ -3,7 +3,7 @@ import cuda_double  # isort: skip  (before lpsgd_ext)
 
 import pytest
 
-from lpsgd import _base, _eager, _optimizer, _parts, _unusual
+from lpsgd import _base, _optimizer, _parts, _unusual
 
 collect_ignore = ["cuda_double.py"]  # as a module with doctests it would be imported a second time
 
@@ -15,7 +15,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.setenv("LPSGD_CUDA_CHECK", "0")
     cuda_double.reset(devices=3)
     module = cuda_double.fresh_module(tmp_path)
-    for part in (_base, _eager, _optimizer, _parts, _unusual):
+    for part in (_base, _optimizer, _parts, _unusual):
         monkeypatch.setattr(part, "lpsgd_ext", module)
     _unusual._warn_once.cache_clear()
     return module
