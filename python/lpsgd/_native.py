@@ -7,7 +7,6 @@ The environment variable LPSGD_NATIVE: 0 leaves lpsgd_ext alone, 1 demands it.
 
 import os
 import sys
-import sysconfig
 from typing import Any
 
 # torch comes before lpsgd_ext, so that both share PyTorch's OpenMP runtime.
@@ -18,6 +17,8 @@ FALLBACK: str | None = None  # why PyTorch's operations make every step
 
 
 def _why(error: ImportError) -> str:
+    import sysconfig  # for this alone
+
     if BY_CHOICE:
         return "LPSGD_NATIVE=0 is in the environment"
     if not isinstance(error, ModuleNotFoundError):
