@@ -62,8 +62,9 @@ def blocks_of(page: str) -> dict[str, list[str]]:
 
 
 def run_block(code: str, page: str) -> None:
-    """As in a program of its own. A block says by an assert what must come of it."""
+    """As in a program of its own, of one seed. A block says by an assert what must come of it."""
     assert "\nassert " in code
+    torch.manual_seed(0)
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
 
 
