@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small GPT and few steps")
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     quick = arguments.quick
     for line in table((16, 64, 2, 2, 1) if quick else (16, 768, 14, 12, 1)):
         print(line, flush=True)
