@@ -27,6 +27,7 @@ copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 myst_heading_anchors = 3  # links such as frameworks.md#timm
 nb_execution_mode = "off"  # `make test-all` runs them, `make notebooks` keeps their output
+nb_render_markdown_format = "myst"  # with tables
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
