@@ -137,16 +137,18 @@ def test_a_parameter_that_is_listed_twice_is_stepped_as_torch_steps_it(cls, how)
         assert same_bits(buffers(ours, params), buffers(sgd, others))
 
 
-@pytest.mark.parametrize("how", [{}, {"foreach": True}])
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"compiled": True}])
 def test_a_gradient_may_be_another_parameters_memory(how):
-    def train(**how):
+    def train(compiled=False, **how):
         params = parameters((4,), (4,), (5,))
         optimizer = lpsgd.LPSGDM(params, lr=0.1, p=4.0, **how)
         set_grads(params)
         params[1].grad = params[0].detach()
-        optimizer.step()
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        step()
         return params, optimizer
 
+    torch._dynamo.reset()
     params, optimizer = train(**how)
     expected, other = train(**EXPECTED)
     assert same_bits(params[:2], expected[:2])
