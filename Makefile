@@ -63,7 +63,7 @@ leaks: install ## makes a million steps and looks at memory and references: 9 mi
 test-frameworks: $(VENV)/.frameworks install ## the tests with Lightning, Hugging Face, timm and others: 2 minutes
 	$(IN_VENV) -m pytest tests/frameworks
 
-golden: ## compares the bits from two compilers at every level on four processors: 3 minutes
+golden: ## compares the bits from two compilers at every level on four processors: 14 minutes
 	sh tests/system_packages.sh clang qemu-user cross-aarch64 cross-s390x cross-riscv64
 	$(MAKE) -C tests/csrc golden
 

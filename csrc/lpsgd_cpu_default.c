@@ -67,7 +67,7 @@ LPSGD_VECTOR int any_unserved(vfloat y, const table32 *table)
 
 LPSGD_VECTOR vfloat from_float16(vhalf h)
 {
-    vfloat result;
+    vfloat result = {0.0f}; /* gcc -O2 does not see that all are set */
     for (int i = 0; i < lanes; i++)
         result[i] = lpsgd_from_float16(h[i]);
     return result;
