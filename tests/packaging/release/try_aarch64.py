@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SYSTEM, ENVIRONMENT = (ROOT / "build" / "aarch64" / name for name in ("system", "env"))
 DEBIAN, PYTHON = "bookworm", "3.11"
 TORCH = "2.10.0"  # later ones for aarch64 need CUDA's libraries, 3 GB of them
-PACKAGES = ["filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extensions", "pytest"]
+PACKAGES = ["filelock", "fsspec", "jinja2", "networkx", "numpy", "sympy", "typing-extensions"]
 IN_SITE = ENVIRONMENT / "lib" / f"python{PYTHON}" / "site-packages"
 TESTS = [
     "tests/packaging/release/test_installed.py",
@@ -56,7 +56,7 @@ def make_environment():
     (ENVIRONMENT / "pyvenv.cfg").write_text(f"home = {home}\n")
     (ENVIRONMENT / "bin" / "python").symlink_to(home / f"python{PYTHON}")
     install("--no-deps", f"torch=={TORCH}")
-    install(*PACKAGES)
+    install(*PACKAGES, "pytest")
 
 
 def main():
