@@ -38,7 +38,7 @@ test-all: system-packages install ## the full products and longer samples as wel
 test-pure: install ## the tests of optimizer and schedules without C: 4 minutes
 	LPSGD_NATIVE=0 $(PYTEST) -m "" $(or $(TESTS),tests/optimizer tests/schedules)
 
-mutants: system-packages install ## breaks the code in a hundred ways and says which test sees each: 20 minutes
+mutants: system-packages install ## breaks the code in a hundred ways and says which test sees each: 45 minutes
 	$(IN_VENV) tests/mutants/run.py $(MUTANTS)
 
 system-packages:
