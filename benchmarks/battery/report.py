@@ -25,6 +25,7 @@ from lpsgd.experiments._style import style
 from lpsgd.experiments.statistics import Floats, bootstrap, holm, paired_test
 
 SIGNIFICANT = 0.05
+TRACKS = ("tuned", "untuned")
 UNITS = {"error": "error (%)", "perplexity": "perplexity", "rmse": "root mean square error"}
 LENGTHS = ", ".join(f"{epochs / EPOCHS:g}" for epochs in HORIZONS)
 METHOD = f"""
@@ -88,6 +89,11 @@ class Report:
     def complete(self, track: str) -> list[str]:
         """The tasks on which all contenders' final runs of a track are done."""
         return [task for task in self.heads if self.costs(track, task) is not None]
+
+    def tracks(self, task: str | None = None) -> list[str]:
+        """Those that are complete on a task, or on any."""
+        done = {track: self.complete(track) for track in TRACKS}
+        return [track for track in TRACKS if (task in done[track] if task else done[track])]
 
     def costs(self, track: str, task: str) -> dict[str, list[float]] | None:
         """All contenders' final costs on a task."""
@@ -184,13 +190,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def summary(report: Report) -> str:
     """Who is ahead, in sentences and in one table."""
     lines = []
-    rows = [
-        [
-            *("contender", "bytes of state", "tuned: cost / AdamW's", "better, worse"),
-            *("untuned: cost / AdamW's", "better, worse", "steps to AdamW's cost", "at an edge"),
-        ]
-    ]
-    for track in ("tuned", "untuned"):
+    rows = [["contender", "bytes of state"]]
+    for track in report.tracks():
+        rows[0] += [f"{track}: cost / AdamW's", "better, worse"]
         ahead: list[str] = []
         level: list[str] = []
         behind: list[str] = []
@@ -200,15 +202,15 @@ def summary(report: Report) -> str:
                 (ahead if one.high < 1 else behind if one.low > 1 else level).append(name)
         words = {"ahead of AdamW": ahead, "level with it": level, "behind it": behind}
         said = [f"{word}: {', '.join(names) or 'none'}" for word, names in words.items()]
-        if report.complete(track):
-            count = len(report.complete(track))
-            lines.append(
-                f"**{track.capitalize()}**, by the geometric mean of the costs on {count} "
-                f"{'tasks' if count > 1 else 'task'} and its interval: {'; '.join(said)}."
-            )
+        count = len(report.complete(track))
+        lines.append(
+            f"**{track.capitalize()}**, by the geometric mean of the costs on {count} "
+            f"{'tasks' if count > 1 else 'task'} and its interval: {'; '.join(said)}."
+        )
+    rows[0] += ["steps to AdamW's cost", "at an edge"]
     for contender in report.plan.contenders:
         row = [contender.name, str(contender.bytes)]
-        for track in ("tuned", "untuned"):
+        for track in report.tracks():
             one = compare(report, track, contender.name)
             if one is None:
                 row += ["", ""]
@@ -253,18 +255,17 @@ def difference(ours: Track, theirs: Track) -> str:
         return ""
     gaps = np.array(ours.costs) - np.array(theirs.costs)
     low, high = bootstrap(len(gaps), lambda chosen: float(gaps[chosen].mean()))
-    return f"{gaps.mean():+.3g} [{low:+.3g}, {high:+.3g}]"
+    mean, low, high = (round(gap, 9) + 0.0 for gap in (float(gaps.mean()), low, high))
+    return f"{mean:+.3g} [{low:+.3g}, {high:+.3g}]"
 
 
 def task_tables(report: Report, task: str) -> str:
     """A task's final runs and its trials."""
     head = report.heads[task]
-    rows = [
-        [
-            *("contender", "tuned setting", UNITS[head["cost"]], "less AdamW's", "P"),
-            *("steps to AdamW's cost", "untuned setting", UNITS[head["cost"]], "less AdamW's"),
-        ]
-    ]
+    rows = [["contender"]]
+    for name in report.tracks(task):
+        rows[0] += [f"{name} setting", UNITS[head["cost"]], "less AdamW's"]
+        rows[0] += ["P", "steps to AdamW's cost"] if name == "tuned" else []
     trials = [["contender", *(str(i + 1) for i in range(report.plan.trials))]]
     reference = report.results[task, REFERENCE]
     for contender in report.plan.contenders:
@@ -272,7 +273,7 @@ def task_tables(report: Report, task: str) -> str:
         comparison = compare(report, "tuned", contender.name)
         p = comparison.p.get(task) if comparison else None
         row = [contender.name]
-        for name in ("tuned", "untuned"):
+        for name in report.tracks(task):
             track: Track = getattr(result, name)
             edge = "*" if track.trial is not None and contender.at_edge(track.trial) else ""
             is_reference = contender.name == REFERENCE
@@ -289,7 +290,9 @@ def task_tables(report: Report, task: str) -> str:
         rows.append(row)
         if result.trials is not None:
             trials.append([contender.name, *map(number, result.trials)])
-    text = [f"## {head['title']}", markdown(rows)]
+    text = [f"## {head['title']}"]
+    if report.tracks(task):
+        text.append(markdown(rows))
     if len(trials) > 1:
         chance = number(head["chance"])
         text += [
@@ -309,6 +312,9 @@ def look(name: str) -> dict[str, Any]:
 def draw_profile(axes: Axes, report: Report, track: str) -> None:
     """For each contender the share of its final runs whose cost is at most x times that of the best
     contender, in the mean, of that task."""
+    if not report.complete(track):
+        axes.set_axis_off()
+        return
     ratios: dict[str, list[float]] = {name: [] for name in report.names}
     for task in report.complete(track):
         costs = report.costs(track, task) or {}
