@@ -138,7 +138,7 @@ gpu-sanitize: install ## the checks under NVIDIA's compute-sanitizer
 
 # PyTorch and Python leave objects of their own behind at exit, so that only the C tests look for leaks.
 # --capture=sys lets a sanitizer's report through, after which pytest has no chance to show anything.
-sanitize: sanitize-gcc sanitize-clang ## C's and the module's tests under sanitizers and valgrind: 10 minutes
+sanitize: sanitize-gcc sanitize-clang ## C's and the module's tests under sanitizers and valgrind: 35 minutes
 	$(MAKE) -C tests/csrc check-guard-pages
 	$(MAKE) -C tests/csrc check-threads
 	$(MAKE) -C tests/csrc check-memcheck

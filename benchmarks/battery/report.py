@@ -137,7 +137,7 @@ def load(plan: Plan, directory: Path) -> Report:
             )
     wanted = {job.run.key for job in plan.wanted(runs)}
     hours = sum(run["seconds"] for run in runs.values()) / 3600
-    return Report(plan, heads, results, len(wanted & set(runs)), len(wanted - set(runs)), hours)
+    return Report(plan, heads, results, len(runs), len(wanted - set(runs)), hours)
 
 
 @dataclass(frozen=True)
@@ -312,9 +312,6 @@ def look(name: str) -> dict[str, Any]:
 def draw_profile(axes: Axes, report: Report, track: str) -> None:
     """For each contender the share of its final runs whose cost is at most x times that of the best
     contender, in the mean, of that task."""
-    if not report.complete(track):
-        axes.set_axis_off()
-        return
     ratios: dict[str, list[float]] = {name: [] for name in report.names}
     for task in report.complete(track):
         costs = report.costs(track, task) or {}
@@ -349,15 +346,17 @@ def draw_lengths(axes: Axes, report: Report) -> None:
 
 
 def draw(report: Report) -> Figure:
-    """The profiles of both tracks and of the steps to AdamW's cost; higher is better."""
-    figure, ((tuned, untuned), (lengths, legend)) = plt.subplots(
-        2, 2, figsize=(8, 7.5), layout="constrained"
-    )
-    draw_profile(tuned, report, "tuned")
-    draw_profile(untuned, report, "untuned")
+    """The profiles of the tracks and of the steps to AdamW's cost; higher is better."""
+    tracks = report.tracks()
+    rows, columns = (2, 2) if len(tracks) == 2 else (1, len(tracks) + 2)
+    size = (4 * columns, 3.75 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
+    *profiles, lengths, legend = axes.flat
+    for track, profile in zip(tracks, profiles, strict=True):
+        draw_profile(profile, report, track)
     draw_lengths(lengths, report)
     legend.axis("off")
-    handles, labels = tuned.get_legend_handles_labels()
+    handles, labels = lengths.get_legend_handles_labels()
     legend.legend(handles, labels, loc="center")
     return figure
 
@@ -382,7 +381,7 @@ def page(report: Report, small: bool) -> str:
         + (f" Left out: {', '.join(lacking)}." if lacking else ""),
         *([note] if small else []),
         summary(report),
-        "![Performance profiles of both tracks and of the steps to AdamW's cost](profile.png)",
+        "![Performance profiles, and steps to AdamW's cost](profile.png)",
         "Above: the share of a contender's final runs, over tasks and seeds, whose cost is at most "
         "x times the mean cost of the task's best contender. Higher is better.",
         "## How it is done",
