@@ -158,11 +158,9 @@ class Comparison:
         )
 
 
-def compare(report: Report, track: str, name: str) -> Comparison | None:
-    """A contender beside AdamW on the tasks that are complete."""
+def compare(report: Report, track: str, name: str) -> Comparison:
+    """A contender beside AdamW on the tasks that are complete, of which there are some."""
     tasks = report.complete(track)
-    if not tasks:
-        return None
     costs = [report.costs(track, task) or {} for task in tasks]
     ours = np.array([cost[name] for cost in costs])
     theirs = np.array([cost[REFERENCE] for cost in costs])
@@ -198,7 +196,7 @@ def summary(report: Report) -> str:
         behind: list[str] = []
         for name in report.names:
             one = compare(report, track, name)
-            if one is not None and name != REFERENCE:
+            if name != REFERENCE:
                 (ahead if one.high < 1 else behind if one.low > 1 else level).append(name)
         words = {"ahead of AdamW": ahead, "level with it": level, "behind it": behind}
         said = [f"{word}: {', '.join(names) or 'none'}" for word, names in words.items()]
@@ -212,9 +210,7 @@ def summary(report: Report) -> str:
         row = [contender.name, str(contender.bytes)]
         for track in report.tracks():
             one = compare(report, track, contender.name)
-            if one is None:
-                row += ["", ""]
-            elif contender.name == REFERENCE:
+            if contender.name == REFERENCE:
                 row += ["1", ""]
             else:
                 row += [
@@ -270,8 +266,6 @@ def task_tables(report: Report, task: str) -> str:
     reference = report.results[task, REFERENCE]
     for contender in report.plan.contenders:
         result = report.results[task, contender.name]
-        comparison = compare(report, "tuned", contender.name)
-        p = comparison.p.get(task) if comparison else None
         row = [contender.name]
         for name in report.tracks(task):
             track: Track = getattr(result, name)
@@ -283,8 +277,9 @@ def task_tables(report: Report, task: str) -> str:
                 "" if is_reference else difference(track, getattr(reference, name)),
             ]
             if name == "tuned":
+                p = compare(report, name, contender.name).p[task]
                 row += [
-                    "" if is_reference or p is None else f"{p:.2g}",
+                    "" if is_reference else f"{p:.2g}",
                     "" if result.length is None else length_text(result.length),
                 ]
         rows.append(row)
