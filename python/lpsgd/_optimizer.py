@@ -152,7 +152,7 @@ class LPSGDM(LPOptimizer):
             large for both.
         p: the norm, :math:`2 \leq p \leq \infty` (default: 6). With a constant lr let
             `CosineAnnealingP` take it to 2; with an lr that decays keep it at 6 or inf.
-        momentum: :math:`0 \leq \beta < 1` (default: 0.9). Leave it; 0 is LPSGD.
+        momentum: :math:`0 \leq \beta < 1` (default: 0.9). 0.8 is the next to try; 0 is LPSGD.
         weight_decay: decoupled weight decay :math:`\lambda \geq 0` (default: 0). AdamW's value
             times AdamW's lr / lr shrinks weights as much; torch.optim.SGD's is coupled, and means
             something else.
