@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from benchmarks.paper import spectra
 from lpsgd.experiments import _pictures as pictures
 from lpsgd.experiments._pictures import draw_curves, draw_values, spread
 from lpsgd.experiments._style import label_lines, style
@@ -302,17 +303,6 @@ def draw(report: Report, directory: Path) -> list[Path]:
     return files
 
 
-def hessian_table(moments: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """What `hessian` found, in Markdown."""
-    lines = ["| method | epoch | smallest eigenvalue | largest | flatness of the gradient |"]
-    lines.append("|---|---|---|---|---|")
-    for name, at in moments.items():
-        for m in at:
-            values = f"{m['smallest']:.3g} | {m['largest']:.3g} | {m['flatness']:.3g}"
-            lines.append(f"| {name} | {m['epoch']} | {values} |")
-    return "\n".join(lines)
-
-
 def section(file: Path, directory: Path) -> str:
     """A study's part of the page: what made it, its table and its pictures, which it writes."""
     report = read(file)
@@ -325,9 +315,11 @@ def section(file: Path, directory: Path) -> str:
     ]
     hessian = file.parent / "hessian" / file.name
     if hessian.exists():
+        moments = json.loads(hessian.read_text(encoding="utf-8"))
+        save(spectra.draw(report.heading, moments), hessian.with_suffix(".png"))
         parts += [
             f"`{program.format('hessian')}` made [hessian/{file.name}](hessian/{file.name}).",
-            hessian_table(json.loads(hessian.read_text(encoding="utf-8"))),
+            spectra.table(moments),
             f"![Spectral density of the Hessian](hessian/{file.stem}.png)",
         ]
     return "\n\n".join(parts)

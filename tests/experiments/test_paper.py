@@ -22,7 +22,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
-from benchmarks.paper import hessian, momentum_dtype, networks, report, sweep
+from benchmarks.paper import hessian, momentum_dtype, networks, report, spectra, sweep
 from benchmarks.paper.characters import Characters
 from benchmarks.paper.config import CONFIGS, Run, load
 from benchmarks.paper.methods import make_optimizer
@@ -478,6 +478,21 @@ def test_the_spectrum_has_the_eigenvalues_and_their_shares():
     step = grid[1] - grid[0]
     assert density.sum() * step == pytest.approx(1.0, rel=0.05)
     assert density[abs(grid) < 0.5].sum() * step > 0.8
+
+
+def test_spectra_are_shown_on_common_axes():
+    def moment(epoch, largest):
+        grid, density = [-largest, 0.0, largest], [1e-9, 1.0, 0.1]
+        extreme = {"smallest": -largest, "largest": largest, "flatness": 0.5}
+        return {"epoch": epoch, "grid": grid, "density": density, **extreme}
+
+    moments = {"SGDM": [moment(0, 2.0), moment(3, 9.0)], "AdamW": [moment(0, 2.0), moment(3, 40.0)]}
+    assert "| SGDM | 2, 9 | 0.5, 0.5 |\n| AdamW | 2, 40 | 0.5, 0.5 |" in spectra.table(moments)
+    figure = spectra.draw("A study", moments)
+    panels, curves = (part.axes for part in figure.subfigs)
+    assert len(panels) == 4 and len({axes.get_xlim() for axes in panels}) == 1
+    assert [list(line.get_ydata()) for line in curves[0].lines] == [[2.0, 9.0], [2.0, 40.0]]
+    report.plt.close(figure)
 
 
 @pytest.mark.parametrize("p", [2.0, 3.0, 6.0, 100.0, math.inf])
