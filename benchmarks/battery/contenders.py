@@ -71,9 +71,13 @@ class Contender:
     def label(self, trial: int) -> str:
         """The setting of this number, for tables."""
         run = self.at(trial)
-        betas = run["settings"].get("betas", (run["settings"].get("momentum"),))
         constant = ", constant" if run["lr_schedule"] == "constant" else ""
-        return f"{run['lr']:.2g}, {', '.join(f'{beta:g}' for beta in betas)}{constant}"
+        return f"{run['lr']:.2g}, {', '.join(f'{beta:g}' for beta in self.betas(trial))}{constant}"
+
+    def betas(self, trial: int) -> tuple[float, ...]:
+        """The momentum of the setting of this number, or its β₁ and β₂."""
+        settings = self.at(trial)["settings"]
+        return tuple(settings.get("betas", (settings.get("momentum"),)))
 
     @staticmethod
     def at_edge(trial: int) -> bool:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import matplotlib
@@ -235,6 +235,37 @@ def summary(report: Report) -> str:
     return "\n\n".join(lines)
 
 
+def choices(report: Report) -> str:
+    """Which momentum and lr were chosen, on the tasks that are complete on the tuned track."""
+    tasks = report.complete("tuned")
+    numbers = range(report.plan.trials)
+    momenta = sorted({one.betas(i)[0] for one in report.plan.contenders for i in numbers})
+    listed = ", ".join(f"{momentum:g}" for momentum in momenta)
+    rows = [["contender", f"tasks with a momentum (β₁) of {listed}", "lr / AdamW's"]]
+
+    def chosen(contender: Contender) -> list[int]:
+        return [report.results[task, contender.name].tuned.trial or 0 for task in tasks]
+
+    reference = next(one for one in report.plan.contenders if one.name == REFERENCE)
+    theirs = [reference.at(trial)["lr"] for trial in chosen(reference)]
+    for contender in report.plan.contenders:
+        trials = chosen(contender)
+        betas = [contender.betas(trial)[0] for trial in trials]
+        ratios = [contender.at(i)["lr"] / lr for i, lr in zip(trials, theirs, strict=True)]
+        mean, low, high = geometric_mean(ratios), min(ratios), max(ratios)
+        counts = ", ".join(str(betas.count(momentum)) for momentum in momenta)
+        rows.append([contender.name, counts, f"{mean:.2g} ({low:.2g} to {high:.2g})"])
+    return "\n\n".join(
+        [
+            "## What was chosen",
+            "On how many tasks each momentum, and how large the lr beside AdamW's: geometric mean and "
+            "range over the tasks. A momentum was tried with two lr, so that the choice of one is "
+            "also a choice of the other.",
+            markdown(rows),
+        ]
+    )
+
+
 def length_text(length: float) -> str:
     """A share of full length; the longest was tried in vain if it is infinite."""
     return f"{length:g}" if math.isfinite(length) else f"> {HORIZONS[-1] / EPOCHS:g}"
@@ -384,6 +415,7 @@ def page(report: Report, small: bool) -> str:
         "The settings that are tried: lr, then momentum or β₁ and β₂. They are numbers 1 to 8 of "
         "the trials below; * marks one with the smallest or largest lr.",
         table(report.plan.contenders),
+        *([choices(report)] if report.complete("tuned") else []),
         *(task_tables(report, task) for task in report.heads),
     ]
     return "\n\n".join(parts)

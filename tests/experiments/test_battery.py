@@ -66,7 +66,9 @@ def test_a_battery_that_is_cut_off_ends_with_the_same_bits(tmp_path, monkeypatch
     assert (whole / "profile.png").read_bytes().startswith(b"\x89PNG")
     assert "none is missing" in text and "Left out: signals" in text
     for contender in TINY.contenders:
-        assert text.count(f"\n| {contender.name} | ") == 6  # settings, summary, runs and trials
+        assert (
+            text.count(f"\n| {contender.name} | ") == 7
+        )  # summary, settings, choices, runs, trials
     (parts / "image.json").unlink()  # without the other half nothing is chosen for digits
     text = report.write(TINY, parts).read_text()
     assert "| tuned setting |" in text and "| untuned" not in text
