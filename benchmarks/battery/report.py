@@ -258,9 +258,9 @@ def choices(report: Report) -> str:
     return "\n\n".join(
         [
             "## What was chosen",
-            "On how many tasks each momentum, and how large the lr beside AdamW's: geometric mean and "
-            "range over the tasks. A momentum was tried with two lr, so that the choice of one is "
-            "also a choice of the other.",
+            "On how many tasks each momentum, and how large the lr beside AdamW's: geometric mean "
+            "and range over the tasks. A momentum was tried with two lr, so that the choice of one "
+            "is also a choice of the other.",
             markdown(rows),
         ]
     )
