@@ -29,7 +29,7 @@ from benchmarks.paper.training import Trainer
 NAMES = ("AdamW", "p=∞ (Signum)", "p=11 (PowerStep)", "p=6")
 TRIAL = 2
 SEEDS = (TUNING_SEED, 0, 1)
-CHANGES = ("none", "half the lr", "warm-up of 30 %", "gradients clipped to norm 1")
+CHANGES = ("as in the battery", "half the lr", "warm-up of 30 %", "gradients clipped to norm 1")
 
 
 def train(what: tuple[str, str, int]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def train(what: tuple[str, str, int]) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Perplexities by seed, in Markdown."""
-    rows = [["contender, setting 3", *CHANGES]]
+    rows = [["setting 3 of", *CHANGES]]
     for name in NAMES:
         own = [
             [run for run in runs if (run["contender"], run["change"]) == (name, change)]

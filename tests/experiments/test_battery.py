@@ -14,9 +14,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
 from benchmarks.battery import __main__ as command
-from benchmarks.battery import report, runs
+from benchmarks.battery import report, runs, stability
 from benchmarks.battery.contenders import CONTENDERS, MOMENTA, POINTS, REFERENCE, Contender
 from benchmarks.battery.plan import SMALL, Plan, missing
+from benchmarks.battery.records import RESULTS, ROOT
 from benchmarks.battery.tasks import TASKS, task_class
 from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
@@ -277,3 +278,9 @@ def test_without_data_cifar_is_left_out_and_that_is_said(tmp_path, monkeypatch, 
         (False, 1, SMALL.shrink),
     ]
     assert capsys.readouterr().out.count("CIFAR-10 is left out") == 2
+
+
+def test_the_guide_has_what_stability_measured():
+    runs = json.loads((RESULTS / "stability.json").read_text())
+    assert len(runs) == len(stability.NAMES) * len(stability.CHANGES) * len(stability.SEEDS)
+    assert stability.table(runs) in (ROOT / "docs/battery.md").read_text()
