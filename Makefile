@@ -101,7 +101,7 @@ experiments experiments-small: install
 # The battery of small tasks; DATA as above, without which CIFAR-10 is left out. Started again, it goes
 # on where it was.
 battery-small: SMALL := --small
-battery: ## thirteen optimizers on eight small tasks (benchmarks/battery): 4 hours
+battery: ## thirteen optimizers on eight small tasks (benchmarks/battery): 3 hours
 battery-small: ## the same with hardly any steps: 7 minutes
 battery battery-small: $(VENV)/.battery install
 	$(IN_VENV) -m benchmarks.battery $(SMALL) $(if $(DATA),--data $(DATA))
