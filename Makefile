@@ -102,7 +102,7 @@ experiments experiments-small: install
 # on where it was.
 battery-small: SMALL := --small
 battery: ## thirteen optimizers on eight small tasks (benchmarks/battery): 3 hours
-battery-small: ## the same with hardly any steps: 7 minutes
+battery-small: ## the same with hardly any steps: 4 minutes
 battery battery-small: $(VENV)/.battery install
 	$(IN_VENV) -m benchmarks.battery $(SMALL) $(if $(DATA),--data $(DATA))
 	$(IN_VENV) -m benchmarks.battery.report $(SMALL)
