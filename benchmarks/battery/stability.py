@@ -7,6 +7,7 @@ they do in the battery and with one change. Writes stability.json beside the bat
 prints a table of perplexities on validation data.
 """
 
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ from benchmarks.battery.problem import EPOCHS
 from benchmarks.battery.records import RESULTS
 from benchmarks.battery.report import markdown
 from benchmarks.battery.runs import problem_of
+from benchmarks.paper.config import Run
 from benchmarks.paper.records import dumps, rounded, write_whole
 from benchmarks.paper.sweep import one_thread
 from benchmarks.paper.task import Source
@@ -29,20 +31,19 @@ from benchmarks.paper.training import Trainer
 NAMES = ("AdamW", "p=∞ (Signum)", "p=11 (PowerStep)", "p=6")
 TRIAL = 2
 SEEDS = (TUNING_SEED, 0, 1)
-CHANGES = ("as in the battery", "half the lr", "warm-up of 30 %", "gradients clipped to norm 1")
+CHANGES: Mapping[str, Callable[[Run], Run]] = {
+    "as in the battery": lambda run: run,
+    "half the lr": lambda run: replace(run, lr=run.lr / 2),
+    "warm-up of 30 %": lambda run: replace(run, warmup=0.3 * EPOCHS),
+    "gradients clipped to norm 1": lambda run: replace(run, clip_norm=1.0),
+}
 
 
 def train(what: tuple[str, str, int]) -> dict[str, Any]:
     """The perplexity of a run, and its mean training loss in each epoch."""
     name, change, seed = what
     (contender,) = (one for one in CONTENDERS if one.name == name)
-    run = Plan().job("gpt", contender, TRIAL, seed, final=False).run
-    if change == "half the lr":
-        run = replace(run, lr=run.lr / 2)
-    elif change == "warm-up of 30 %":
-        run = replace(run, warmup=0.3 * EPOCHS)
-    elif change == "gradients clipped to norm 1":
-        run = replace(run, clip_norm=1.0)
+    run = CHANGES[change](Plan().job("gpt", contender, TRIAL, seed, final=False).run)
     problem = problem_of("gpt", False, Source(None, Path("build/battery/data")), 1)
     with one_thread():
         history = Trainer(run, problem).train()
