@@ -49,7 +49,7 @@ def main() -> None:
         return
     different = repeat(plan, arguments.again, results, source, arguments.jobs)
     for job in different:
-        print(f"Not the same: {job.contender.name}, {job.contender.label(job.trial)}: {job.run}")
+        print(f"Not the same: {job.contender}, {job.setting}: {job.run}")
     if different:
         raise SystemExit(1)
     print(f"All of {arguments.again}'s runs have ended with the same bits.")

@@ -21,11 +21,11 @@ HORIZONS = (10, 14, 20, 28)  # epochs: a ratio of √2, about
 
 
 class Job(NamedTuple):
-    """A run of the battery: of which task and contender, and with which of its settings."""
+    """A run of the battery, and what tables call its contender and setting."""
 
     task: str
-    contender: Contender
-    trial: int
+    contender: str
+    setting: str
     run: Run
 
 
@@ -69,7 +69,8 @@ class Plan:
             "final": final,
             "evaluate_every": epochs,
         }
-        return Job(task, contender, trial, Run(**fields, **contender.at(trial)))
+        run = Run(**fields, **contender.at(trial))
+        return Job(task, contender.name, contender.label(trial), run)
 
     def halves(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The tasks of the untuned track: a setting chosen on one half is judged on the other."""

@@ -67,8 +67,8 @@ class TaskFile:
     def add(self, job: Job, entry: Mapping[str, Any], commit: str) -> None:
         """Keeps what is known of a run, and of which commit the code was."""
         self.runs[job.run.key] = {
-            "contender": job.contender.name,
-            "setting": job.contender.label(job.trial),
+            "contender": job.contender,
+            "setting": job.setting,
             "final": job.run.final,
             "epochs": job.run.epochs,
             "seed": job.run.seeds[0],

@@ -158,12 +158,12 @@ class Comparison:
         )
 
 
-def compare(report: Report, track: str, name: str) -> Comparison:
-    """A contender beside AdamW on the tasks that are complete, of which there are some."""
-    tasks = report.complete(track)
-    costs = [report.costs(track, task) or {} for task in tasks]
-    ours = np.array([cost[name] for cost in costs])
-    theirs = np.array([cost[REFERENCE] for cost in costs])
+def ratio(ours: Floats, theirs: Floats) -> tuple[Floats, float, float, float]:
+    """The quotients of the tasks' mean costs, their geometric mean and its interval.
+
+    Args:
+        ours, theirs: costs (tasks, seeds).
+    """
 
     def ratios(chosen: Any) -> Floats:
         quotients: Floats = ours[:, chosen].mean(axis=1) / theirs[:, chosen].mean(axis=1)
@@ -173,10 +173,19 @@ def compare(report: Report, track: str, name: str) -> Comparison:
         return float(np.exp(np.log(ratios(chosen)).mean()))
 
     every = slice(None)
-    low, high = bootstrap(ours.shape[1], mean)
+    return ratios(every), mean(every), *bootstrap(ours.shape[1], mean)
+
+
+def compare(report: Report, track: str, name: str) -> Comparison:
+    """A contender beside AdamW on the tasks that are complete, of which there are some."""
+    tasks = report.complete(track)
+    costs = [report.costs(track, task) or {} for task in tasks]
+    ours = np.array([cost[name] for cost in costs])
+    theirs = np.array([cost[REFERENCE] for cost in costs])
+    ratios, mean, low, high = ratio(ours, theirs)
     ps = holm([paired_test(a, b) for a, b in zip(ours.tolist(), theirs.tolist(), strict=True)])
-    by_task = dict(zip(tasks, ratios(every).tolist(), strict=True))
-    return Comparison(by_task, mean(every), low, high, dict(zip(tasks, ps, strict=True)))
+    by_task = dict(zip(tasks, ratios.tolist(), strict=True))
+    return Comparison(by_task, mean, low, high, dict(zip(tasks, ps, strict=True)))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -84,7 +84,7 @@ def run(plan: Plan, directory: Path, source: Source, processes: int) -> None:
             for job, entry in carry_out(jobs, source, plan.shrink, processes):
                 files[job.task].add(job, entry, now)
                 results[job.run.key] = files[job.task].runs[job.run.key]
-                what = f"run {len(results)}, {job.task}, {job.contender.name}"
+                what = f"run {len(results)}, {job.task}, {job.contender}"
                 bar.set_description_str(what, refresh=False)
                 bar.update(seconds_of(job, plan.shrink))
             wanted = plan.wanted(results)

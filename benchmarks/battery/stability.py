@@ -7,7 +7,7 @@ they do in the battery and with one change. Writes stability.json beside the bat
 prints a table of perplexities on validation data.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -16,13 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.battery.advice import Change, long_warmup, times
 from benchmarks.battery.contenders import CONTENDERS
 from benchmarks.battery.plan import TUNING_SEED, Plan
-from benchmarks.battery.problem import EPOCHS
 from benchmarks.battery.records import RESULTS
 from benchmarks.battery.report import markdown
 from benchmarks.battery.runs import problem_of
-from benchmarks.paper.config import Run
 from benchmarks.paper.records import dumps, rounded, write_whole
 from benchmarks.paper.sweep import one_thread
 from benchmarks.paper.task import Source
@@ -31,10 +30,10 @@ from benchmarks.paper.training import Trainer
 NAMES = ("AdamW", "p=∞ (Signum)", "p=11 (PowerStep)", "p=6")
 TRIAL = 2
 SEEDS = (TUNING_SEED, 0, 1)
-CHANGES: Mapping[str, Callable[[Run], Run]] = {
+CHANGES: Mapping[str, Change] = {
     "as in the battery": lambda run: run,
-    "half the lr": lambda run: replace(run, lr=run.lr / 2),
-    "warm-up of 30 %": lambda run: replace(run, warmup=0.3 * EPOCHS),
+    "half the lr": times(0.5),
+    "warm-up of 30 %": long_warmup,
     "gradients clipped to norm 1": lambda run: replace(run, clip_norm=1.0),
 }
 

@@ -111,9 +111,9 @@ def test_the_setting_with_the_smallest_cost_is_chosen_and_run_on_test_data():
     assert plan.tuned(known, "digits", ADAMW) is None
     known.trials(plan, "digits", ADAMW, [5.0, 3.0, 4.0])
     jobs = list(missing(known, plan.wanted(known)))
-    assert [(job.trial, job.run.seeds, job.run.final) for job in jobs] == [
-        (1, (0,), True),
-        (1, (1,), True),
+    assert [(job.setting, job.run.seeds, job.run.final) for job in jobs] == [
+        (ADAMW.label(1), (0,), True),
+        (ADAMW.label(1), (1,), True),
     ]
     assert not any(job.run.final for job in plan.tuning("digits", ADAMW))
     assert not {job.run.seeds for job in plan.tuning("digits", ADAMW)} & {(0,), (1,)}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""Tries the guide's advice where nothing is tuned for LPSGDM: `python -m benchmarks.battery.advice
+--data DIR`, two hours of a processor core.
+
+On each task of the battery, AdamW's tuned run is repeated with LPSGDM in its place, at AdamW's lr,
+and then with one thing changed. What AdamW itself loses by the same change stands beside it. Writes
+results/advice: a file for each task, and README.md with the tables.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.battery.contenders import CONTENDERS, REFERENCE
+from benchmarks.battery.plan import Job, Plan, Results, seconds_of
+from benchmarks.battery.records import RESULTS, read
+from benchmarks.battery.report import Report, load, markdown, ratio
+from benchmarks.battery.runs import run
+from benchmarks.battery.tasks import TASKS
+from benchmarks.paper.config import Run
+from benchmarks.paper.task import Source
+
+OURS = "LPSGDM"
+Change = Callable[[Run], Run]
+
+
+def times(factor: float) -> Change:
+    """Another lr."""
+    return lambda run: replace(run, lr=run.lr * factor)
+
+
+def setting(**changed: float) -> Change:
+    """Other arguments of the optimizer."""
+    return lambda run: replace(run, settings={**run.settings, **changed})
+
+
+def long_warmup(run: Run) -> Run:
+    """A warm-up of 30 % of the run, where the battery has 10 %."""
+    return replace(run, warmup=0.3 * run.epochs)
+
+
+def ours(run: Run) -> Run:
+    """The guide's setting in the place of AdamW."""
+    return replace(run, optimizer=OURS, settings={"p": 6.0, "momentum": 0.8, "weight_decay": 0.0})
+
+
+START = "p = 6, momentum 0.8, AdamW's lr"
+SHARED: Mapping[str, Change] = {
+    "a third of the lr": times(1 / 3),
+    "three times the lr": times(3.0),
+    "warm-up of 30 %": long_warmup,
+    "weight decay 0.1": setting(weight_decay=0.1),
+    "weight decay 1": setting(weight_decay=1.0),
+}
+CHANGES: Mapping[str, Change] = {
+    START: lambda run: run,
+    **SHARED,
+    "momentum 0.6": setting(momentum=0.6),
+    "momentum 0.9": setting(momentum=0.9),
+    "momentum 0.95": setting(momentum=0.95),
+    "p = 11": setting(p=11.0),
+    "p = ∞": setting(p=math.inf),
+    "p = ∞, a third of the lr": lambda run: times(1 / 3)(setting(p=math.inf)(run)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice(Plan):
+    """The runs, of which all are known from the start.
+
+    Attributes:
+        battery: what the battery has found: AdamW's settings and costs.
+    """
+
+    battery: Report
+
+    def wanted(self, results: Results) -> list[Job]:
+        """All runs, seed by seed, so that what is done first can be read first."""
+        (adamw,) = (one for one in CONTENDERS if one.name == REFERENCE)
+        jobs = []
+        for seed in self.seeds:
+            for task in self.tasks:
+                trial = self.battery.results[task, REFERENCE].tuned.trial
+                if trial is None:
+                    raise ValueError(f"{REFERENCE} has not been tuned on {task}")
+                theirs = self.job(task, adamw, trial, seed).run
+                for name, base, changes in (
+                    (OURS, ours(theirs), CHANGES),
+                    (REFERENCE, theirs, SHARED),
+                ):
+                    jobs += [Job(task, name, label, to(base)) for label, to in changes.items()]
+        return jobs
+
+    def seconds(self) -> float:
+        return sum(seconds_of(job, self.shrink) for job in self.wanted({}))
+
+
+def page(plan: Advice, directory: Path) -> str:
+    """The tables in Markdown."""
+    heads = {task: read(directory / f"{task}.json") for task in plan.tasks}
+    runs = {key: run for head in heads.values() for key, run in head["runs"].items()}
+    costs: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for job in plan.wanted({}):
+        by_task = costs.setdefault((job.contender, job.setting), {})
+        by_task.setdefault(job.task, []).append(runs[job.run.key]["cost"])
+    tuned = plan.battery.costs
+    theirs = np.array([(tuned("tuned", task) or {})[REFERENCE] for task in plan.tasks])
+    rows = [["", "all", *plan.tasks]]
+    for name, changes in ((OURS, CHANGES), (REFERENCE, SHARED)):
+        rows.append([f"**{name}**", *[""] * (len(plan.tasks) + 1)])
+        for label in changes:
+            own = np.array([costs[name, label][task] for task in plan.tasks])
+            ratios, mean, low, high = ratio(own, theirs)
+            all_tasks = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            rows.append([label, all_tasks, *(f"{one:.2f}" for one in ratios)])
+    hours = sum(run["seconds"] for run in runs.values()) / 3600
+    commits = sorted({commit for head in heads.values() for commit in head["commits"]})
+    return "\n\n".join(
+        [
+            "<!-- SPDX-License-Identifier: MIT -->\n# The advice, tried",
+            f"`python -m benchmarks.battery.advice --data DIR` made this page: {len(runs)} runs of "
+            f"one thread, {hours:.1f} hours of a processor core, at commit {', '.join(commits)}.",
+            "Cost / that of tuned AdamW: the geometric mean over the tasks with its 95 % interval "
+            f"over {len(plan.seeds)} paired seeds, and by task.",
+            markdown(rows),
+        ]
+    )
+
+
+def main() -> None:
+    """Carries out what is missing and writes the page."""
+    parser = argparse.ArgumentParser(description="Try the guide's advice on the battery's tasks.")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 in ImageFolder layout: train, test")
+    parser.add_argument("--results", type=Path, default=RESULTS / "advice", help="directory")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    arguments = parser.parse_args()
+    plan = Advice(tuple(TASKS), battery=load(Plan(), RESULTS))
+    run(plan, arguments.results, Source(arguments.data, Path("build/battery/data")), arguments.jobs)
+    file = arguments.results / "README.md"
+    file.write_text(page(plan, arguments.results) + "\n", encoding="utf-8")
+    print(f"The page is {file}.")
+
+
+if __name__ == "__main__":
+    main()
