@@ -2,16 +2,17 @@
 """Tries the guide's advice where nothing is tuned for LPSGDM: `python -m benchmarks.battery.advice
 --data DIR`, two hours of a processor core.
 
-On each task of the battery, AdamW's tuned run is repeated with LPSGDM in its place, at AdamW's lr,
-and then with one thing changed. What AdamW itself loses by the same change stands beside it. Writes
-results/advice: a file for each task, and README.md with the tables.
+On each task of the battery, AdamW's tuned run is repeated with LPSGDM in its place and AdamW's lr,
+or a fixed part of it, and then with one thing changed. What AdamW itself loses by the same change
+stands beside it. Writes results/advice: a file for each task, and README.md with the tables.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,12 @@ from benchmarks.battery.tasks import TASKS
 from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
 
-OURS = "LPSGDM"
 Change = Callable[[Run], Run]
+
+
+def same(run: Run) -> Run:
+    """No change."""
+    return run
 
 
 def times(factor: float) -> Change:
@@ -33,7 +38,7 @@ def times(factor: float) -> Change:
     return lambda run: replace(run, lr=run.lr * factor)
 
 
-def setting(**changed: float) -> Change:
+def setting(**changed: Any) -> Change:
     """Other arguments of the optimizer."""
     return lambda run: replace(run, settings={**run.settings, **changed})
 
@@ -43,29 +48,54 @@ def long_warmup(run: Run) -> Run:
     return replace(run, warmup=0.3 * run.epochs)
 
 
-def ours(run: Run) -> Run:
-    """The guide's setting in the place of AdamW."""
-    return replace(run, optimizer=OURS, settings={"p": 6.0, "momentum": 0.8, "weight_decay": 0.0})
+def after(first: Change, second: Change) -> Change:
+    """Both."""
+    return lambda run: second(first(run))
 
 
-START = "p = 6, momentum 0.8, AdamW's lr"
+def lpsgdm(p: float, factor: float = 1.0) -> Change:
+    """LPSGDM in the place of AdamW, at so many times its lr. A step takes as much of each weight
+    away: lr · weight_decay stays."""
+
+    def change(run: Run) -> Run:
+        decay = run.settings["weight_decay"] / factor
+        settings = {"p": p, "momentum": 0.8, "weight_decay": decay}
+        return replace(times(factor)(run), optimizer="LPSGDM", settings=settings)
+
+    return change
+
+
+# A start, and what is changed of it: AdamW's run before LPSGDM takes its place, or LPSGDM's own.
+STARTS: Mapping[str, Change] = {
+    "p = ∞, a third of AdamW's lr": lpsgdm(math.inf, 1 / 3),
+    "p = 11, two thirds of it": lpsgdm(11.0, 2 / 3),
+    "p = 6, AdamW's lr": lpsgdm(6.0),
+    REFERENCE: same,
+}
 SHARED: Mapping[str, Change] = {
     "a third of the lr": times(1 / 3),
     "three times the lr": times(3.0),
     "warm-up of 30 %": long_warmup,
-    "weight decay 0.1": setting(weight_decay=0.1),
-    "weight decay 1": setting(weight_decay=1.0),
+    "weight decay (AdamW's: 0.1)": setting(weight_decay=0.1),
 }
-CHANGES: Mapping[str, Change] = {
-    START: lambda run: run,
-    **SHARED,
+OWN: Mapping[str, Change] = {
     "momentum 0.6": setting(momentum=0.6),
     "momentum 0.9": setting(momentum=0.9),
-    "momentum 0.95": setting(momentum=0.95),
-    "p = 11": setting(p=11.0),
-    "p = ∞": setting(p=math.inf),
-    "p = ∞, a third of the lr": lambda run: times(1 / 3)(setting(p=math.inf)(run)),
+    "momentum in one byte": setting(momentum_dtype="float8_e5m2"),
 }
+AS_IT_IS = "as it is"
+
+
+def variants() -> Iterator[tuple[str, str, Change]]:
+    """What becomes of AdamW's tuned run, by the names of the start and of the change."""
+    for start, convert in STARTS.items():
+        if start != REFERENCE:
+            yield start, AS_IT_IS, convert
+        for name, change in SHARED.items():
+            yield start, name, after(change, convert)
+        if start != REFERENCE:
+            for name, change in OWN.items():
+                yield start, name, after(convert, change)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +118,7 @@ class Advice(Plan):
                 if trial is None:
                     raise ValueError(f"{REFERENCE} has not been tuned on {task}")
                 theirs = self.job(task, adamw, trial, seed).run
-                for name, base, changes in (
-                    (OURS, ours(theirs), CHANGES),
-                    (REFERENCE, theirs, SHARED),
-                ):
-                    jobs += [Job(task, name, label, to(base)) for label, to in changes.items()]
+                jobs += [Job(task, *names, change(theirs)) for *names, change in variants()]
         return jobs
 
     def seconds(self) -> float:
@@ -109,14 +135,12 @@ def page(plan: Advice, directory: Path) -> str:
         by_task.setdefault(job.task, []).append(runs[job.run.key]["cost"])
     tuned = plan.battery.costs
     theirs = np.array([(tuned("tuned", task) or {})[REFERENCE] for task in plan.tasks])
-    rows = [["", "all", *plan.tasks]]
-    for name, changes in ((OURS, CHANGES), (REFERENCE, SHARED)):
-        rows.append([f"**{name}**", *[""] * (len(plan.tasks) + 1)])
-        for label in changes:
-            own = np.array([costs[name, label][task] for task in plan.tasks])
-            ratios, mean, low, high = ratio(own, theirs)
-            all_tasks = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-            rows.append([label, all_tasks, *(f"{one:.2f}" for one in ratios)])
+    rows = [["start", "change", "all", *plan.tasks]]
+    for start, name, _ in variants():
+        own = np.array([costs[start, name][task] for task in plan.tasks])
+        ratios, mean, low, high = ratio(own, theirs)
+        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]", *(f"{one:.2f}" for one in ratios)]
+        rows.append(["" if any(row[0] == start for row in rows) else start, name, *cells])
     hours = sum(run["seconds"] for run in runs.values()) / 3600
     commits = sorted({commit for head in heads.values() for commit in head["commits"]})
     return "\n\n".join(
