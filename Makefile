@@ -82,7 +82,7 @@ exhaustive: ## measures the error of every float32: 20 minutes
 # The studies, in the order of their lengths; DATA is a directory with CIFAR-10 in ImageFolder layout,
 # or else torchvision downloads it. Started again, it goes on where it was.
 STUDIES := pivot-digits anisotropy-digits anisotropy-cifar10 pivot-cifar10 schedule \
-    pivot-characters characters cifar10-small
+    pivot-characters start-cifar10 start-characters characters cifar10-small
 experiments-small: SMALL := --small
 experiments-small: RESULTS := build/paper/small
 experiments: RESULTS := benchmarks/paper/results

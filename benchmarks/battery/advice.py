@@ -118,7 +118,9 @@ class Advice(Plan):
                 if trial is None:
                     raise ValueError(f"{REFERENCE} has not been tuned on {task}")
                 theirs = self.job(task, adamw, trial, seed).run
-                jobs += [Job(task, *names, change(theirs)) for *names, change in variants()]
+                jobs += [
+                    Job(task, start, name, change(theirs)) for start, name, change in variants()
+                ]
         return jobs
 
     def seconds(self) -> float:

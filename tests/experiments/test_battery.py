@@ -5,7 +5,7 @@ killed ends with the same bits as one that is not."""
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
 from benchmarks.battery import __main__ as command
-from benchmarks.battery import report, runs, stability
+from benchmarks.battery import advice, report, runs, stability
 from benchmarks.battery.contenders import CONTENDERS, MOMENTA, POINTS, REFERENCE, Contender
 from benchmarks.battery.plan import SMALL, Plan, missing
 from benchmarks.battery.records import RESULTS, ROOT
@@ -276,6 +276,34 @@ def test_without_data_cifar_is_left_out_and_that_is_said(tmp_path, monkeypatch, 
         (False, 1, SMALL.shrink),
     ]
     assert capsys.readouterr().out.count("CIFAR-10 is left out") == 2
+
+
+def test_the_advice_is_tried_in_adamws_place_with_one_thing_changed():
+    plan = advice.Advice(("digits",), seeds=(0,), battery=report.load(Plan(), RESULTS))
+    trial = plan.battery.results["digits", REFERENCE].tuned.trial
+    adamw = plan.job("digits", ADAMW, trial, seed=0).run
+
+    def values(run):
+        fields = asdict(run)
+        return {**fields.pop("settings"), **fields}
+
+    starts = {name: values(convert(adamw)) for name, convert in advice.STARTS.items()}
+    for job in plan.wanted({}):
+        start = starts[job.contender]
+        changed = {name for name, value in values(job.run).items() if start.get(name) != value}
+        assert len(changed) == (job.setting != advice.AS_IT_IS), (job, changed)
+    decayed = advice.setting(weight_decay=0.1)(adamw)
+    for convert in advice.STARTS.values():
+        run = convert(decayed)
+        assert run.lr * run.settings["weight_decay"] == pytest.approx(adamw.lr * 0.1)
+    (third,) = (run for name, run in starts.items() if "a third of" in name)
+    assert third["lr"] == pytest.approx(adamw.lr / 3)
+
+
+def test_the_guide_has_what_the_advice_cost():
+    plan = advice.Advice(tuple(TASKS), battery=report.load(Plan(), RESULTS))
+    directory = RESULTS / "advice"
+    assert advice.page(plan, directory) + "\n" == (directory / "README.md").read_text()
 
 
 def test_the_guide_has_what_stability_measured():
