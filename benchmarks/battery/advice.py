@@ -68,7 +68,7 @@ def lpsgdm(p: float, factor: float = 1.0) -> Change:
 # A start, and what is changed of it: AdamW's run before LPSGDM takes its place, or LPSGDM's own.
 STARTS: Mapping[str, Change] = {
     "p = ∞, a third of AdamW's lr": lpsgdm(math.inf, 1 / 3),
-    "p = 11, two thirds of it": lpsgdm(11.0, 2 / 3),
+    "p = 11, two thirds of AdamW's lr": lpsgdm(11.0, 2 / 3),
     "p = 6, AdamW's lr": lpsgdm(6.0),
     REFERENCE: same,
 }
@@ -78,10 +78,12 @@ SHARED: Mapping[str, Change] = {
     "warm-up of 30 %": long_warmup,
     "weight decay (AdamW's: 0.1)": setting(weight_decay=0.1),
 }
+BYTE = setting(momentum_dtype="float8_e5m2")
 OWN: Mapping[str, Change] = {
     "momentum 0.6": setting(momentum=0.6),
     "momentum 0.9": setting(momentum=0.9),
-    "momentum in one byte": setting(momentum_dtype="float8_e5m2"),
+    "momentum in one byte": BYTE,
+    "one byte, warm-up of 30 %": after(BYTE, long_warmup),
 }
 AS_IT_IS = "as it is"
 
