@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Tries the guide's advice where nothing is tuned for LPSGDM: `python -m benchmarks.battery.advice
---data DIR`, two hours of a processor core.
+--data DIR`, 70 minutes in two processes.
 
 On each task of the battery, AdamW's tuned run is repeated with LPSGDM in its place and AdamW's lr,
 or a fixed part of it, and then with one thing changed. What AdamW itself loses by the same change
