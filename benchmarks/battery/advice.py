@@ -150,8 +150,9 @@ def page(plan: Advice, directory: Path) -> str:
     return "\n\n".join(
         [
             "<!-- SPDX-License-Identifier: MIT -->\n# The advice, tried",
-            f"`python -m benchmarks.battery.advice --data DIR` made this page: {len(runs)} runs of "
-            f"one thread, {hours:.1f} hours of a processor core, at commit {', '.join(commits)}.",
+            f"`python -m benchmarks.battery.advice --data DIR` made this table: {len(runs)} runs "
+            f"of one thread, {hours:.1f} hours of a processor core, at commit "
+            f"{', '.join(commits)}.",
             "Cost / that of tuned AdamW: the geometric mean over the tasks with its 95 % interval "
             f"over {len(plan.seeds)} paired seeds, and by task.",
             markdown(rows),
