@@ -87,7 +87,7 @@ experiments-small: SMALL := --small
 experiments-small: RESULTS := build/paper/small
 experiments: RESULTS := benchmarks/paper/results
 experiments: ## the studies of benchmarks/paper: 4 hours
-experiments-small: ## all of them reduced: 7 minutes
+experiments-small: ## all of them reduced: 10 minutes
 experiments experiments-small: install
 	set -e; for study in $(STUDIES); do \
 	    $(IN_VENV) -m benchmarks.paper.sweep $$study $(SMALL) $(if $(DATA),--data $(DATA)); \
