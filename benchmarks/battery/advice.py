@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.battery.contenders import CONTENDERS, REFERENCE
 from benchmarks.battery.plan import Job, Plan, Results, seconds_of
-from benchmarks.battery.records import RESULTS, read
+from benchmarks.battery.records import RESULTS, all_commits, all_runs, hours, read
 from benchmarks.battery.report import Report, load, markdown, ratio
 from benchmarks.battery.runs import run
 from benchmarks.battery.tasks import TASKS
@@ -26,11 +26,6 @@ from benchmarks.paper.config import Run
 from benchmarks.paper.task import Source
 
 Change = Callable[[Run], Run]
-
-
-def same(run: Run) -> Run:
-    """No change."""
-    return run
 
 
 def times(factor: float) -> Change:
@@ -70,7 +65,6 @@ STARTS: Mapping[str, Change] = {
     "p = ∞, a third of AdamW's lr": lpsgdm(math.inf, 1 / 3),
     "p = 11, two thirds of AdamW's lr": lpsgdm(11.0, 2 / 3),
     "p = 6, AdamW's lr": lpsgdm(6.0),
-    REFERENCE: same,
 }
 SHARED: Mapping[str, Change] = {
     "a third of the lr": times(1 / 3),
@@ -91,13 +85,13 @@ AS_IT_IS = "as it is"
 def variants() -> Iterator[tuple[str, str, Change]]:
     """What becomes of AdamW's tuned run, by the names of the start and of the change."""
     for start, convert in STARTS.items():
-        if start != REFERENCE:
-            yield start, AS_IT_IS, convert
+        yield start, AS_IT_IS, convert
         for name, change in SHARED.items():
             yield start, name, after(change, convert)
-        if start != REFERENCE:
-            for name, change in OWN.items():
-                yield start, name, after(convert, change)
+        for name, change in OWN.items():
+            yield start, name, after(convert, change)
+    for name, change in SHARED.items():
+        yield REFERENCE, name, change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,27 +126,24 @@ class Advice(Plan):
 def page(plan: Advice, directory: Path) -> str:
     """The tables in Markdown."""
     heads = {task: read(directory / f"{task}.json") for task in plan.tasks}
-    runs = {key: run for head in heads.values() for key, run in head["runs"].items()}
+    runs = all_runs(heads)
     costs: dict[tuple[str, str], dict[str, list[float]]] = {}
     for job in plan.wanted({}):
         by_task = costs.setdefault((job.contender, job.setting), {})
         by_task.setdefault(job.task, []).append(runs[job.run.key]["cost"])
-    tuned = plan.battery.costs
-    theirs = np.array([(tuned("tuned", task) or {})[REFERENCE] for task in plan.tasks])
+    theirs = np.array([plan.battery.results[task, REFERENCE].tuned.costs for task in plan.tasks])
     rows = [["start", "change", "all", *plan.tasks]]
     for start, name, _ in variants():
         own = np.array([costs[start, name][task] for task in plan.tasks])
         ratios, mean, low, high = ratio(own, theirs)
         cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]", *(f"{one:.2f}" for one in ratios)]
         rows.append(["" if any(row[0] == start for row in rows) else start, name, *cells])
-    hours = sum(run["seconds"] for run in runs.values()) / 3600
-    commits = sorted({commit for head in heads.values() for commit in head["commits"]})
     return "\n\n".join(
         [
             "<!-- SPDX-License-Identifier: MIT -->\n# The advice, tried",
             f"`python -m benchmarks.battery.advice --data DIR` made this table: {len(runs)} runs "
-            f"of one thread, {hours:.1f} hours of a processor core, at commit "
-            f"{', '.join(commits)}.",
+            f"of one thread, {hours(runs):.1f} hours of a processor core, at commit "
+            f"{', '.join(all_commits(heads))}.",
             "Cost / that of tuned AdamW: the geometric mean over the tasks with its 95 % interval "
             f"over {len(plan.seeds)} paired seeds, and by task.",
             markdown(rows),

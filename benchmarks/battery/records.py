@@ -101,3 +101,19 @@ def read(file: Path) -> dict[str, Any]:
     """A file of results."""
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return record
+
+
+def all_runs(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The runs of all files, by their keys."""
+    return {key: run for file in files.values() for key, run in file["runs"].items()}
+
+
+def all_commits(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The commits of the code that made them."""
+    return sorted({commit for file in files.values() for commit in file["commits"]})
+
+
+def hours(runs: Mapping[str, Mapping[str, Any]]) -> float:
+    """What runs have taken of a processor core."""
+    seconds: float = sum(run["seconds"] for run in runs.values())
+    return seconds / 3600

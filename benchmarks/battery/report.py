@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.battery.contenders import REFERENCE, Contender, table
 from benchmarks.battery.plan import HORIZONS, SMALL, Plan, found
 from benchmarks.battery.problem import EPOCHS
-from benchmarks.battery.records import RESULTS, read
+from benchmarks.battery.records import RESULTS, all_commits, all_runs, hours, read
 from benchmarks.paper.report import save
 from lpsgd.experiments._style import style
 from lpsgd.experiments.statistics import Floats, bootstrap, holm, paired_test
@@ -113,9 +113,7 @@ def load(plan: Plan, directory: Path) -> Report:
     plan = Plan(
         *(tuple(heads), plan.contenders, plan.trials, plan.seeds, plan.horizon_seeds, plan.shrink)
     )
-    runs: dict[str, Any] = {
-        key: run for head in heads.values() for key, run in head["runs"].items()
-    }
+    runs = all_runs(heads)
 
     def track(choose: Callable[..., int | None], task: str, contender: Contender) -> Track:
         trial = choose(runs, task, contender)
@@ -136,8 +134,7 @@ def load(plan: Plan, directory: Path) -> Report:
                 None if epochs is None else epochs / EPOCHS,
             )
     wanted = {job.run.key for job in plan.wanted(runs)}
-    hours = sum(run["seconds"] for run in runs.values()) / 3600
-    return Report(plan, heads, results, len(runs), len(wanted - set(runs)), hours)
+    return Report(plan, heads, results, len(runs), len(wanted - set(runs)), hours(runs))
 
 
 @dataclass(frozen=True)
@@ -398,7 +395,6 @@ def draw(report: Report) -> Figure:
 
 def page(report: Report, small: bool) -> str:
     """The page in Markdown."""
-    commits = sorted({commit for head in report.heads.values() for commit in head["commits"]})
     torches = sorted({head["torch"] for head in report.heads.values()})
     command = f"make battery{'-small' if small else ' DATA=DIR'}"
     state = f"{report.missing} known ones are missing" if report.missing else "none is missing"
@@ -412,7 +408,7 @@ def page(report: Report, small: bool) -> str:
         f"`{command}` made this page: {len(report.plan.contenders)} contenders on "
         f"{len(report.heads)} small tasks, {report.runs} runs of one thread, {report.hours:.1f} "
         f"hours of a processor core in all; {state}. Code and search space are of commit "
-        f"{', '.join(commits)}; PyTorch {', '.join(torches)}."
+        f"{', '.join(all_commits(report.heads))}; PyTorch {', '.join(torches)}."
         + (f" Left out: {', '.join(lacking)}." if lacking else ""),
         *([note] if small else []),
         summary(report),

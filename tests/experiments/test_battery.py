@@ -288,6 +288,7 @@ def test_the_advice_is_tried_in_adamws_place_with_one_thing_changed():
         return {**fields.pop("settings"), **fields}
 
     starts = {name: values(convert(adamw)) for name, convert in advice.STARTS.items()}
+    starts[REFERENCE] = values(adamw)
     for job in plan.wanted({}):
         start = starts[job.contender]
         changed = {name for name, value in values(job.run).items() if start.get(name) != value}
