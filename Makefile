@@ -86,7 +86,7 @@ STUDIES := pivot-digits anisotropy-digits anisotropy-cifar10 pivot-cifar10 sched
 experiments-small: SMALL := --small
 experiments-small: RESULTS := build/paper/small
 experiments: RESULTS := benchmarks/paper/results
-experiments: ## the studies of benchmarks/paper: 4 hours
+experiments: ## the studies of benchmarks/paper: 4.5 hours
 experiments-small: ## all of them reduced: 10 minutes
 experiments experiments-small: install
 	set -e; for study in $(STUDIES); do \
